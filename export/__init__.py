@@ -1,0 +1,6 @@
+"""Write, prove and deliver pruned checkpoints. The command line only calls what is here."""
+
+from export.convert import Conversion, convert
+from export.verify import Verification, verify
+
+__all__ = ["Conversion", "Verification", "convert", "verify"]

@@ -1,0 +1,273 @@
+"""The command line: one thin function a verb. Nothing heavy is imported before work starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from pruner import __version__
+from pruner.errors import PruneAttnError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PATH = click.Path()
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="prune-attn")
+def cli() -> None:
+    """Prune attention out of Llama checkpoints: physically, provably, and for every runtime."""
+
+
+@cli.command()
+@click.argument("checkpoint", type=_PATH)
+@_JSON
+def inspect(checkpoint: str, as_json: bool) -> None:
+    """Show a checkpoint's sublayers and sizes, and what dropping some would save."""
+    from pruner.checkpoint import open_checkpoint
+    from pruner.summary import inspect
+
+    facts = inspect(open_checkpoint(checkpoint))
+    if as_json:
+        _print_json(facts)
+        return
+    table = _table("", "")
+    shards = facts["shards"]
+    rows = [
+        ("attention sublayers", _sublayers(facts["attention_layers"], facts["numbered_layers"])),
+        ("MLP sublayers", _sublayers(facts["mlp_layers"], facts["numbered_layers"])),
+        ("heads", "{num_attention_heads} over {num_key_value_heads} key/value, {head_dim} wide".format(**facts)),
+        ("hidden, intermediate", "{hidden_size:,}, {intermediate_size:,}".format(**facts)),
+        ("vocabulary", f"{facts['vocab_size']:,}" + (", embeddings tied" if facts["tied_embeddings"] else "")),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("weights", _bytes(facts["bytes"])),
+        ("dtype", ", ".join(facts["dtypes"])),
+        ("shards", f"{len(shards)}" + (f" ({shards[0]['file']})" if len(shards) == 1 else "")),
+        ("KV cache a token", _bytes(facts["kv_cache_bytes_per_token"])),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    saved = _table("dropping", "of", "parameters", "weights", "KV cache a token")
+    for kind, name in (("attention", "attention"), ("mlp", "MLP"), ("block", "blocks")):
+        of = (
+            len(facts["attention_layers" if kind == "attention" else "mlp_layers"])
+            if kind != "block"
+            else facts["layers"]
+        )
+        for row in _sample(facts["savings"][kind]):
+            saved.add_row(
+                f"{row['drop']} {name}",
+                str(of),
+                f"-{row['parameters']:,}",
+                f"-{_bytes(row['bytes'])}",
+                f"-{_bytes(row['kv_cache_bytes_per_token'])}" if row["kv_cache_bytes_per_token"] else "0",
+            )
+    _print(f"[bold]{_escape(facts['path'])}[/]", table, saved)
+
+
+@cli.command()
+@click.argument("source", type=_PATH)
+@click.argument("output", type=_PATH)
+@click.option("--drop", metavar="N|P%", help="How many sublayers: a count, or a percentage of the original's.")
+@click.option("--layers", metavar="A-B,C", help="Drop these layers, numbered from 0 as they are in SOURCE.")
+@click.option("--plan", type=_PATH, help="Drop what a saved plan says (ours, EvoPress's or LLM-Drop's).")
+@click.option(
+    "--sublayer", type=click.Choice(["attention", "mlp", "block"]), help="What to drop.  [default: attention]"
+)
+@click.option("--strategy", type=click.Choice(["last", "keep-last"]), help="Which go first.  [default: last]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Convert the weights.  [default: as they are]",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
+@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@_JSON
+def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
+    """Write SOURCE to OUTPUT with sublayers physically removed."""
+    from export.convert import convert
+
+    with _progress("writing") as progress:
+        result = convert(source, output, progress=progress, **options)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    before, after = result.before, result.after
+    table = _table("", "before", "after", "")
+    for label, key, show in (
+        ("attention sublayers", "attention_sublayers", str),
+        ("MLP sublayers", "mlp_sublayers", str),
+        ("parameters", "parameters", "{:,}".format),
+        ("weights", "bytes", _bytes),
+        ("KV cache a token", "kv_cache_bytes_per_token", _bytes),
+    ):
+        change = f"{100 * (after[key] / before[key] - 1):+.1f}%" if after[key] != before[key] else ""
+        table.add_row(label, show(before[key]), show(after[key]), change)
+    quoted_source, quoted_output = shlex.quote(source), shlex.quote(output)
+    dropped = [
+        f"{name} at {', '.join(map(str, layers))}"
+        for name, layers in (("attention", result.plan.attention), ("MLP", result.plan.mlp))
+        if layers
+    ]
+    verb = "would drop" if result.dry_run else "dropped"
+    following = (
+        "nothing was written; run it without --dry-run"
+        if result.dry_run
+        else f"next: prune-attn verify {quoted_output} --against {quoted_source}"
+    )
+    _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
+
+
+@cli.command()
+@click.argument("output", type=_PATH)
+@click.option("--against", type=_PATH, metavar="SOURCE", help="Compare every kept tensor with SOURCE, byte for byte.")
+@_JSON
+def verify(output: str, against: str | None, as_json: bool) -> None:
+    """Check a directory that convert wrote. Exits with 1 where something is wrong."""
+    from export.verify import verify
+
+    with _progress("comparing") as progress:
+        result = verify(output, against, progress=progress)
+    if as_json:
+        _print_json(result.to_json())
+    elif result.ok:
+        compared = f"; {result.compared} tensors equal {against}'s, byte for byte" if against else ""
+        click.echo(f"{output}: ok{compared}")
+    else:
+        for problem in result.problems:
+            click.echo(problem, err=True)
+    if not result.ok:
+        sys.exit(1)
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _print(*parts: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for part in parts:
+        console.print(part)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=any(columns), pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _bytes(n: int) -> str:
+    value = float(n)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def _sublayers(kept: list[int], numbered: int) -> str:
+    gone = sorted(set(range(numbered)) - set(kept))
+    return f"{len(kept)} of {numbered}" + (f", none at {', '.join(map(str, gone))}" if gone else "")
+
+
+def _sample(rows: list[dict[str, int]]) -> list[dict[str, int]]:
+    """One, a tenth, a quarter, a third, half of them."""
+    counts = {max(1, int(len(rows) * share + 0.5)) for share in (0, 0.1, 0.25, 1 / 3, 0.5)}
+    return [row for row in rows if row["drop"] in counts]
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal's standard error; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# -- entry -------------------------------------------------------------------------------------------------------------
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)  # unwinds, so that what was half written is removed
+
+
+def main() -> NoReturn:
+    """The console script: every failure is one line on standard error, and an exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, _terminate)
+    try:
+        code = cli.main(prog_name="prune-attn", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("PRUNE_ATTN_DEBUG") == "1":
+            raise
+        code, text = _explain(error)
+    click.echo(f"prune-attn: {text}", err=True)
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and one line for what went wrong."""
+    if isinstance(error, PruneAttnError):
+        return error.exit_code, str(error)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return 2, error.format_message()
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "prune-attn"
+        return 2, f"{' '.join(error.format_message().split())} (see `{where} --help`)"
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 130, "interrupted; nothing was left behind"
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, "the reader of the output went away"
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return 1, f"{name}{error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return 1, "out of memory"
+    return (
+        1,
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (PRUNE_ATTN_DEBUG=1 shows where)",
+    )
+
+
+if __name__ == "__main__":
+    main()

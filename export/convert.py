@@ -1,0 +1,218 @@
+"""The whole job as one function: open, plan, check, write, check again, and put in place."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export import record
+from export.card import model_card
+from export.companions import companions
+from export.safetensors import OutputShard, plan_shards, write_file, write_shards
+from export.staging import check_space, check_target, staged
+from export.target import output_config, output_entries
+from export.verify import verify
+from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from pruner.errors import PruneAttnError
+from pruner.llama import Decoder, safetensors_dtype
+from pruner.nemotron_nas import dialect
+from pruner.plan import PLAN_FILE, PruningPlan, original_counts, plan_drop, plan_layers, read_plan
+from pruner.summary import totals
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` did, or would do (``dry_run``). ``before`` and ``after`` are ``pruner.summary.totals``."""
+
+    source: Path
+    output: Path
+    plan: PruningPlan
+    before: dict[str, Any]
+    after: dict[str, Any]
+    shards: dict[str, int]  # file to bytes
+    dtype: str | None  # float16 and so on where a conversion was asked for
+    dry_run: bool
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "source": str(self.source),
+            "output": str(self.output),
+            "dry_run": self.dry_run,
+            "plan": {k: v for k, v in self.plan.to_json().items() if k not in ("format", "version", "source")},
+            "before": self.before,
+            "after": self.after,
+            "shards": self.shards,
+            "notes": self.notes,
+        }
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` (10^9 bytes), ``500MB``, ``2GiB`` (2^30) or a number of bytes, to bytes."""
+    match = re.fullmatch(r"\s*(\d{1,15})(?:\.(\d{1,9}))?\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match:
+        base = 1024 if match[4] else 1000
+        size = int(float(f"{match[1]}.{match[2] or 0}") * base ** " KMGT".index(match[3].upper() or " "))
+        if size > 0:
+            return size
+    raise PruneAttnError(f"--max-shard-size {text!r} is not a size; write for example 5GB or 500MB")
+
+
+def choose(
+    checkpoint: Checkpoint,
+    *,
+    drop: str | None,
+    layers: str | None,
+    plan: str | os.PathLike[str] | None,
+    sublayer: str | None,
+    strategy: str | None,
+    allow_first_layer: bool,
+    allow_all: bool,
+) -> PruningPlan:
+    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing."""
+    if plan is not None:
+        for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
+            if value is not None:
+                raise PruneAttnError(f"{option} cannot go with --plan, which says it already; leave one of them out")
+        made = read_plan(plan, checkpoint)
+        return made if drop is None else made.cut(drop, original_counts(checkpoint))
+    if layers is not None:
+        if drop is not None or strategy is not None:
+            raise PruneAttnError("--layers names the layers itself; leave out --drop and --strategy")
+        return plan_layers(checkpoint, layers, sublayer or "attention")
+    if drop is None:
+        raise PruneAttnError("nothing to drop; say --drop 33%, --layers 22-29,31 or --plan plan.json")
+    return plan_drop(
+        checkpoint,
+        drop,
+        sublayer or "attention",
+        strategy or "last",
+        allow_first_layer=allow_first_layer,
+        allow_all=allow_all,
+    )
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    drop: str | int | None = None,
+    layers: str | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    sublayer: str | None = None,
+    strategy: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_first_layer: bool = False,
+    allow_all: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write ``source`` to ``output`` with sublayers physically removed.
+
+    What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
+    (default ``last``), by ``layers`` ("22-29,31", the source's present numbers), or by ``plan`` (a file; ``drop``
+    then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
+    ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch.
+
+    ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
+    is called with (bytes written, bytes in all). Raises ``PruneAttnError`` for bad input, with nothing written, and
+    ``MachineError`` or ``OSError`` where the machine fails.
+    """
+    source, output = Path(source), Path(output)
+    max_bytes = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    target_dtype = None if dtype is None else safetensors_dtype(dtype)
+    checkpoint = open_checkpoint(source)
+    chosen = choose(
+        checkpoint,
+        drop=None if drop is None else str(drop),
+        layers=layers,
+        plan=plan,
+        sublayer=sublayer,
+        strategy=strategy,
+        allow_first_layer=allow_first_layer,
+        allow_all=allow_all,
+    )
+    result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
+    check_target(output, source, record.not_ours, overwrite)
+
+    config = output_config(checkpoint, result, target_dtype)
+    shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
+    conversion = Conversion(
+        source,
+        output,
+        chosen,
+        before=totals(checkpoint.decoder, checkpoint.tensors),
+        after=totals(result, checkpoint.tensors, target_dtype),
+        shards={shard.file: shard.size for shard in shards},
+        dtype=dtype,
+        dry_run=dry_run,
+        notes=_notes(result, config),
+    )
+    total = sum(conversion.shards.values())
+    check_space(output, total)
+    if not dry_run:
+        with staged(output) as directory:
+            _write(directory, checkpoint, chosen, result, config, shards, conversion, progress)
+    return conversion
+
+
+def _notes(result: Decoder, config: dict[str, Any]) -> list[str]:
+    notes = []
+    if config["model_type"] != dialect.MODEL_TYPE:
+        notes.append("whole blocks removed and the rest renumbered: the output is a plain Llama, without custom code")
+        return notes
+    if dialect.engine_intermediate_size(result) != result.intermediate_size:
+        notes.append(
+            f"intermediate_size {result.intermediate_size} is no multiple of 256: vLLM, llama.cpp and mlx-lm will "
+            "not load this; transformers and ONNX Runtime will"
+        )
+    if not result.attention[0]:
+        notes.append("layer 0 has no attention: vLLM and llama.cpp will not run this; transformers will")
+    return notes
+
+
+def _write(
+    directory: Path,
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    result: Decoder,
+    config: dict[str, Any],
+    shards: list[OutputShard],
+    conversion: Conversion,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    total, done = sum(entry.nbytes for shard in shards for entry in shard.entries), 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    written = write_shards(directory, shards, advance)
+    written.append(write_file(directory / CONFIG, dialect.dump(config)))
+    if config["model_type"] == dialect.MODEL_TYPE:
+        written += [write_file(directory / name, data) for name, data in dialect.code_files().items()]
+    for name, file in companions(checkpoint.path).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        written.append(write_file(directory / name, file.read_bytes()))
+    facts = record.make_record(plan, checkpoint, result, conversion.dtype)
+    written.append(write_file(directory / record.CARD, model_card(facts, config, conversion.before, conversion.after)))
+    headers = {shard.path.name: shard.header_sha256 for shard in open_checkpoint(directory).shards}
+    facts["files"] = {
+        file.relative_to(directory).as_posix(): record.file_facts(file, headers.get(file.name)) for file in written
+    }
+    write_file(directory / PLAN_FILE, record.dump(facts))
+    problems = verify(directory).problems
+    if problems:  # cannot happen with a sound disk; better found here than by whoever loads it
+        raise PruneAttnError(f"{conversion.output}: what was written does not verify ({problems[0]}); report this")
+    for name in companions(checkpoint.path):
+        shutil.copystat(checkpoint.path / name, directory / name)

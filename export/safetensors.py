@@ -1,0 +1,287 @@
+"""The streaming shard writer: the kernel copies the source's bytes to the output, without Python objects.
+
+Layout: ``Decoder.layout()``'s order, header padded with spaces so that data starts on a 4,096-byte boundary, no gaps
+(the format forbids them, https://github.com/huggingface/safetensors#format). Peak memory does not depend on sizes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export._system import reserve
+from pruner.checkpoint import INDEX, Tensor
+from pruner.errors import MachineError, PruneAttnError
+from pruner.llama import WEIGHT_DTYPES, itemsize
+
+DATA_ALIGNMENT = 4096
+_CHUNK = 64 << 20  # bytes the kernel copies a call; small enough that a signal is answered soon
+_CONVERT_ELEMENTS = 4 << 20  # elements converted at a time
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the output: its name there, where its bytes come from, and its dtype there."""
+
+    name: str
+    source: Tensor
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.parameters * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One file to be written: its name, its header (length prefix and padding included), its tensors in order."""
+
+    file: str
+    header: bytes
+    entries: tuple[Entry, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+
+def plan_shards(sections: Iterable[Iterable[Iterable[Entry]]], max_bytes: int) -> list[OutputShard]:
+    """Pack sections (of groups of tensors) into shards of at most ``max_bytes`` of data.
+
+    A section starts a new shard rather than straddle one, unless it alone is larger than a shard; a group (q|k|v)
+    never straddles, so a shard is larger than ``max_bytes`` only where one group is.
+    """
+    shards: list[list[Entry]] = [[]]
+    used = 0
+
+    def place(entries: list[Entry]) -> None:
+        nonlocal used
+        size = sum(entry.nbytes for entry in entries)
+        if used and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1] += entries
+        used += size
+
+    for section in sections:
+        groups = [list(group) for group in section]
+        whole = [entry for group in groups for entry in group]
+        if sum(entry.nbytes for entry in whole) <= max_bytes:
+            place(whole)
+        else:
+            for group in groups:
+                place(group)
+    n = len(shards)
+    names = ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    return [_shard(file, entries) for file, entries in zip(names, shards, strict=True)]
+
+
+def _shard(file: str, entries: list[Entry]) -> OutputShard:
+    # Mixed dtypes could put a 4-byte tensor on an odd boundary, which readers that map the file cannot view.
+    offset = 0
+    for entry in entries:
+        if offset % itemsize(entry.dtype):
+            entries = sorted(entries, key=lambda e: -itemsize(e.dtype))
+            break
+        offset += entry.nbytes
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.source.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    return OutputShard(file, len(text).to_bytes(8, "little") + text, tuple(entries))
+
+
+def index_json(shards: list[OutputShard]) -> bytes:
+    """``model.safetensors.index.json`` for several shards."""
+    weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
+    total = sum(entry.nbytes for shard in shards for entry in shard.entries)
+    parameters = sum(entry.source.parameters for shard in shards for entry in shard.entries)
+    metadata = {"total_parameters": parameters, "total_size": total}
+    return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def write_shards(directory: Path, shards: list[OutputShard], progress: Progress | None = None) -> list[Path]:
+    """Write shards (and the index where there are several) into ``directory``, synced to disk; returns the files.
+
+    ``progress`` is called with numbers of bytes written. Raises ``MachineError`` for a full disk, and
+    ``PruneAttnError`` where the source changes meanwhile or a value does not fit the dtype asked for.
+    """
+    done = progress or (lambda nbytes: None)
+    sources = _Sources()
+    written = []
+    try:
+        for shard in shards:
+            path = directory / shard.file
+            with disk_errors(path):
+                _write_shard(path, shard, sources, done)
+            written.append(path)
+        sources.check_unchanged()
+    finally:
+        sources.close()
+    if len(shards) > 1:
+        written.append(write_file(directory / INDEX, index_json(shards)))
+    return written
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Write a small file and sync it to disk."""
+    with disk_errors(path), open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+class disk_errors:  # noqa: N801, reads as a statement
+    """Turn an ``OSError`` of writing ``path`` into a ``MachineError`` that says what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            cure = "the disk is full; free some space or choose another disk" if full else error.strerror
+            raise MachineError(f"{self.path}: cannot be written: {cure}") from error
+
+
+class _Sources:
+    """Source files, each opened once, and a check that none changed while it was read."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[int, os.stat_result]] = {}
+
+    def fd(self, path: Path) -> int:
+        if path not in self._open:
+            fd = os.open(path, os.O_RDONLY)
+            self._open[path] = fd, os.fstat(fd)
+        return self._open[path][0]
+
+    def check_unchanged(self) -> None:
+        for path, (fd, before) in self._open.items():
+            now = os.fstat(fd)
+            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise PruneAttnError(f"{path}: changed while it was read; convert again when it is complete")
+
+    def close(self) -> None:
+        for fd, _ in self._open.values():
+            os.close(fd)
+
+
+def _runs(entries: Iterable[Entry]) -> Iterator[tuple[Path, int, int]]:
+    """(source file, offset, bytes) of consecutive entries, joined where the source has them adjacent too."""
+    current: tuple[Path, int, int] | None = None
+    for entry in entries:
+        source = entry.source
+        if current and current[0] == source.path and current[1] + current[2] == source.start:
+            current = (source.path, current[1], current[2] + source.nbytes)
+        else:
+            if current:
+                yield current
+            current = (source.path, source.start, source.nbytes)
+    if current:
+        yield current
+
+
+def _write_shard(path: Path, shard: OutputShard, sources: _Sources, progress: Progress) -> None:
+    out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        reserve(out, shard.size, str(path))
+        position = os.pwrite(out, shard.header, 0)
+        if all(entry.dtype == entry.source.dtype for entry in shard.entries):
+            for source, start, nbytes in _runs(shard.entries):
+                copy_range(sources.fd(source), start, out, position, nbytes, source, progress)
+                position += nbytes
+        else:
+            for entry in shard.entries:
+                if entry.dtype == entry.source.dtype:
+                    copy_range(
+                        sources.fd(entry.source.path), entry.source.start, out, position, entry.nbytes,
+                        entry.source.path, progress,
+                    )  # fmt: skip
+                    position += entry.nbytes
+                    continue
+                for converted in convert_chunks(entry.source, sources.fd(entry.source.path), entry.dtype):
+                    _pwrite_all(out, converted, position)
+                    position += len(converted)
+                    progress(len(converted))
+        os.fsync(out)
+    finally:
+        os.close(out)
+
+
+def copy_range(
+    source: int, start: int, out: int, position: int, nbytes: int, path: Path, progress: Progress | None = None
+) -> None:
+    """Copy ``nbytes`` from one open file to another: by the kernel where it can, else through a small buffer.
+
+    Raises ``PruneAttnError`` naming ``path`` where the source ends early.
+    """
+    by_kernel = hasattr(os, "copy_file_range")
+    while nbytes:
+        if by_kernel:
+            try:
+                count = os.copy_file_range(source, out, min(nbytes, _CHUNK), start, position)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
+                    raise
+                by_kernel = False
+                continue
+            if count == 0:  # some file systems answer so instead of saying that they cannot
+                by_kernel = False
+                continue
+        else:
+            data = os.pread(source, min(nbytes, 1 << 20), start)
+            count = len(data)
+            if count == 0:
+                raise PruneAttnError(f"{path}: ended while it was read; convert again when it is complete")
+            _pwrite_all(out, data, position)
+        start, position, nbytes = start + count, position + count, nbytes - count
+        if progress:
+            progress(count)
+
+
+def _pwrite_all(out: int, data: bytes | memoryview, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(out, view, position)
+        view, position = view[count:], position + count
+
+
+def convert_chunks(source: Tensor, fd: int, dtype: str) -> Iterator[bytes]:
+    """The tensor's bytes in another dtype (round to nearest even), some elements at a time. Imports torch.
+
+    Raises ``PruneAttnError`` where a finite value overflows, which only float16 does with real weights.
+    """
+    import torch
+
+    before, after = (getattr(torch, WEIGHT_DTYPES[name]) for name in (source.dtype, dtype))
+    step = _CONVERT_ELEMENTS * itemsize(source.dtype)
+    end = source.start + source.nbytes
+    for start in range(source.start, end, step):
+        data = bytearray(min(step, end - start))
+        if os.preadv(fd, [data], start) != len(data):
+            raise PruneAttnError(f"{source.path}: ended while it was read; convert again when it is complete")
+        values = torch.frombuffer(data, dtype=before)
+        converted = values.to(after)
+        if bool((converted.isinf() & values.isfinite()).any()):
+            largest = float(values[values.isfinite()].abs().max())
+            raise PruneAttnError(
+                f"{source.path}: {source.name!r} holds {largest:g}, too large for {WEIGHT_DTYPES[dtype]}; "
+                "use --dtype bfloat16"
+            )
+        yield converted.view(torch.uint8).numpy().tobytes()

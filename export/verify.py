@@ -1,0 +1,177 @@
+"""Is a pruned directory what its record says, and are its tensors the source's, byte for byte?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export import record
+from export.companions import companions
+from export.safetensors import convert_chunks
+from export.target import output_config, source_names
+from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
+from pruner.errors import PruneAttnError
+from pruner.llama import Decoder, safetensors_dtype
+from pruner.nemotron_nas import dialect
+from pruner.plan import PLAN_FILE
+
+_CHUNK = 8 << 20
+
+
+@dataclass
+class Verification:
+    """``problems`` is empty where everything holds; each is one line. ``compared`` counts tensors compared by bytes."""
+
+    path: Path
+    against: Path | None
+    problems: list[str] = field(default_factory=list)
+    compared: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "path": str(self.path),
+            "against": None if self.against is None else str(self.against),
+            "ok": self.ok,
+            "problems": self.problems,
+            "tensors_compared": self.compared,
+        }
+
+
+def verify(
+    output: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect. No weights are read.
+
+    With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
+    ``--dtype`` was used), every dropped one gone, and the same configuration again. ``progress`` is called with (bytes
+    compared, bytes in all). Raises ``PruneAttnError`` only where ``output`` is no directory or ``against`` no
+    checkpoint; all else is reported as problems.
+    """
+    output = Path(output)
+    source = None if against is None else open_checkpoint(against)
+    if not output.is_dir():
+        raise PruneAttnError(f"{output}: no such directory; give one that prune-attn convert wrote")
+    result = Verification(output, None if source is None else source.path)
+    facts = record.read_record(output)
+    if facts is None:
+        result.problems.append(f"{output / PLAN_FILE}: missing or not prune-attn's; was this directory converted?")
+    try:
+        checkpoint = open_checkpoint(output)
+    except PruneAttnError as error:
+        result.problems.append(str(error))
+        return result
+    if facts is not None:
+        result.problems += _files(output, facts, checkpoint)
+        result.problems += _structure(output, facts, checkpoint)
+    if source is not None and not result.problems:
+        assert facts is not None
+        result.problems += _source(output, facts, checkpoint, source)
+        if not result.problems:
+            left = source.decoder.without(facts["attention"], facts["mlp"])
+            _compare(checkpoint, source, left, result, progress)
+    return result
+
+
+def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    headers = {shard.path.name: shard for shard in checkpoint.shards}
+    for name, fact in facts["files"].items():
+        path, shard = output / name, headers.pop(name, None)
+        if not path.is_file():
+            yield f"{path}: is missing; convert again"
+        elif shard is not None and shard.size != fact.get("size"):
+            yield f"{path}: has {shard.size} bytes, {fact.get('size')} were written; convert again"
+        elif shard is not None and shard.header_sha256 != fact.get("header_sha256"):
+            yield f"{path}: its header is not the one that was written; it was rewritten since, convert again"
+        elif name in dialect.CODE_FILES and hashlib.sha256(path.read_bytes()).hexdigest() != fact.get("sha256"):
+            yield f"{path}: model code is not what was written; do not trust it, convert again"
+    for name in headers:
+        yield f"{output / name}: was not written by prune-attn; convert again"
+
+
+def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    path = output / CONFIG
+    if record.describe(checkpoint.decoder) != facts.get("result"):
+        yield f"{path}: its layers are not those that {PLAN_FILE} says are left; convert again"
+    written = dialect.write_config(checkpoint.config, checkpoint.decoder, path)
+    for key in written:
+        if checkpoint.config.get(key, ...) != written[key]:
+            yield f"{path}: {key!r} is not what the dialect wants; convert again"
+    if checkpoint.config.keys() - written.keys():
+        yield f"{path}: {sorted(checkpoint.config.keys() - written.keys())[0]!r} does not belong there; convert again"
+
+
+def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
+    made_from = {k: v for k, v in facts.get("source", {}).items() if k != "name"}
+    if made_from != {k: v for k, v in source.fingerprint().items() if k != "name"}:
+        yield f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
+        return
+    left = source.decoder.without(facts["attention"], facts["mlp"])
+    dtype = facts.get("converted_to")
+    if checkpoint.config != output_config(source, left, dtype and safetensors_dtype(dtype)):
+        yield f"{output / CONFIG}: is not what converting {source.path} gives; convert again"
+    names = source_names(left)
+    stored = {new for new, old in names.items() if old in source.tensors}
+    for name in sorted(stored ^ checkpoint.tensors.keys()):
+        yield f"{output}: tensor {name!r} should {'' if name in stored else 'not '}be there; convert again"
+    for name, file in companions(source.path).items():
+        if not (output / name).is_file() or (output / name).read_bytes() != file.read_bytes():
+            yield f"{output / name}: is not the source's; copy it from {file}"
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    source: Checkpoint,
+    left: Decoder,
+    result: Verification,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Compare every tensor's bytes, in the order in which they lie on disk; memory is two chunks."""
+    names = source_names(left)
+    tensors = sorted(checkpoint.tensors.values(), key=lambda t: (str(t.path), t.start))
+    total, done = checkpoint.nbytes, 0
+    with ExitStack() as files:
+        open_files: dict[Path, int] = {}
+
+        def fd(path: Path) -> int:
+            if path not in open_files:
+                open_files[path] = files.enter_context(open(path, "rb")).fileno()
+            return open_files[path]
+
+        for tensor in tensors:
+            original = source.tensors[names[tensor.name]]
+            if tensor.dtype == original.dtype:
+                chunks = _read(fd(original.path), original)
+            else:
+                chunks = convert_chunks(original, fd(original.path), tensor.dtype)
+            position = tensor.start
+            for chunk in chunks:
+                if os.pread(fd(tensor.path), len(chunk), position) != chunk:
+                    result.problems.append(
+                        f"{tensor.path}: {tensor.name!r} is not the source's (first difference after byte "
+                        f"{position - tensor.start} of {tensor.nbytes}); convert again"
+                    )
+                    break
+                position += len(chunk)
+            done += tensor.nbytes
+            result.compared += 1
+            if progress:
+                progress(done, total)
+
+
+def _read(fd: int, tensor: Tensor) -> Iterator[bytes]:
+    end = tensor.start + tensor.nbytes
+    for start in range(tensor.start, end, _CHUNK):
+        yield os.pread(fd, min(_CHUNK, end - start), start)

@@ -1,0 +1,160 @@
+"""``LanguageModel``, the small protocol that everything is measured through, and its PyTorch form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pruner.checkpoint import open_checkpoint
+from pruner.errors import PruneAttnError
+
+if TYPE_CHECKING:
+    import torch
+
+Logits = np.ndarray  # float32
+
+
+class LanguageModel(Protocol):
+    """A decoder with a KV cache. Token ids are whole numbers, logits float32, on the host."""
+
+    vocab_size: int
+    max_length: int  # tokens of context
+
+    def logits(self, input_ids: np.ndarray) -> Logits:
+        """(B, T) ids, all of full length, to (B, T, V) logits. Leaves the cache alone."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        """B prompts, of any lengths, into the cache; (B, V) logits of each one's last token.
+
+        With something in the cache already (B = 1) it goes on from there.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """The next token of each of the B rows; (B, V) logits."""
+        ...
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        ...
+
+
+class TorchLanguageModel:
+    """A checkpoint directory, plain or pruned, run by transformers, with any sublayers switched off.
+
+    ``dtype`` (float32, float16, bfloat16; ``None``: the checkpoint's own) is what it computes in. Raises
+    ``PruneAttnError`` for what ``open_checkpoint`` refuses, and for a device that PyTorch does not have.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        attention_implementation: str = "sdpa",
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        import pruner
+
+        checkpoint = open_checkpoint(directory)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+        pruner.register()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            attn_implementation=attention_implementation,
+        )
+        self.model.to(device).eval()
+        self.device = device
+        self.decoder = checkpoint.decoder
+        self.vocab_size = checkpoint.decoder.vocab_size
+        self.max_length = int(self.model.config.max_position_embeddings)
+        self._whole = [(layer.self_attn, layer.mlp) for layer in self.model.model.layers]
+        self.reset()
+
+    def switch_off(self, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> None:
+        """Make these sublayers (by layer number) contribute nothing; all others work again. Empties the cache.
+
+        This is the oracle that a pruned directory is held against: nothing is removed, the residual just passes by.
+        """
+        off_attention, off_mlp, slot = set(attention), set(mlp), 0
+        for i, (layer, (self_attn, layer_mlp)) in enumerate(zip(self.model.model.layers, self._whole, strict=True)):
+            if self_attn is not None:
+                layer.self_attn = _Nothing(pair=True) if i in off_attention else self_attn
+                if i not in off_attention:
+                    # slot 0 tells the cache's length, so it has to belong to an attention that runs
+                    self_attn.layer_idx, slot = slot, slot + 1
+            if layer_mlp is not None:
+                layer.mlp = _Nothing(pair=False) if i in off_mlp else layer_mlp
+        self.reset()
+
+    def logits(self, input_ids: np.ndarray) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(input_ids=torch.as_tensor(input_ids, device=self.device), use_cache=False)
+        return out.logits.float().cpu().numpy()
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        import torch
+
+        if self._mask is not None and len(prompts) != 1:
+            raise PruneAttnError("only a batch of 1 can be prefilled in parts; call reset() first")
+        width = max(len(prompt) for prompt in prompts)
+        if min(len(prompt) for prompt in prompts) == 0:
+            raise PruneAttnError("an empty prompt; give at least one token")
+        # left padding: the last column is each row's last token
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        return self._forward(ids, mask)
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        import torch
+
+        if self._mask is None:
+            raise PruneAttnError("nothing to go on from; call prefill() first")
+        ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
+        return self._forward(ids, torch.ones_like(ids))
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache()
+        self._mask: torch.Tensor | None = None
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Logits:
+        import torch
+
+        self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
+        if self._mask.shape[1] > self.max_length:
+            raise PruneAttnError(f"the context of {self.max_length} tokens is full; give a shorter prompt")
+        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=ids,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1].float().cpu().numpy()
+
+
+def _Nothing(pair: bool) -> torch.nn.Module:  # noqa: N802, a module class that needs torch to be defined
+    import torch
+
+    class Nothing(torch.nn.Module):
+        def forward(self, hidden_states, *args, **kwargs):  # (B, T, C) -> zeros
+            zeros = torch.zeros_like(hidden_states)
+            return (zeros, None) if pair else zeros
+
+    return Nothing()

@@ -23,10 +23,15 @@ _PATH = click.Path()
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+)
 @click.version_option(__version__, prog_name="prune-attn")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Prune attention out of Llama checkpoints: physically, provably, and for every runtime."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -247,8 +252,6 @@ def _explain(error: BaseException) -> tuple[int, str]:
     """Exit code and one line for what went wrong."""
     if isinstance(error, PruneAttnError):
         return error.exit_code, str(error)
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        return 2, error.format_message()
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "prune-attn"

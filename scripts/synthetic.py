@@ -1,0 +1,75 @@
+"""Make a synthetic checkpoint of a Llama shape: random fp16 weights (std 0.02), several shards, as a Hub repository.
+
+Speed does not depend on what the weights are. Used by the benchmarks; ``python scripts/synthetic.py 2gb DIR`` by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pruner.llama import Decoder
+
+SHAPES = {  # hidden, intermediate, layers, heads, key/value heads
+    "500mb": (1024, 2816, 16, 16, 16),
+    "2gb": (2048, 5632, 20, 16, 16),
+    "7b": (4096, 11008, 32, 32, 32),
+    "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8),
+}
+
+
+def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000) -> int:
+    """Write the checkpoint into a new directory; returns the bytes of weights."""
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "hidden_act": "silu",
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 32000, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
+    # alphabetically by layer, as save_pretrained writes: not the order in which we lay tensors out
+    names = Decoder.from_config(config, directory / "config.json").tensors()
+    for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split(".")[2:3]] + [n]):
+        nbytes = 2 * int(np.prod(names[name]))
+        if used and used + nbytes > shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][name] = names[name]
+        used += nbytes
+    # one block of noise, written again and again: normal numbers are slow to make, and no reader can tell
+    noise = (np.random.default_rng(0).standard_normal(8 << 20, dtype=np.float32) * 0.02).astype(np.float16).tobytes()
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, dims in shard.items():
+            nbytes = 2 * int(np.prod(dims))
+            header[name] = {"dtype": "F16", "shape": list(dims), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(directory / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            while offset:
+                offset -= out.write(noise[: min(offset, len(noise))])
+            total += out.tell()
+            os.fsync(out.fileno())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+if __name__ == "__main__":
+    print(f"{make(Path(sys.argv[2]), sys.argv[1]):,} bytes")

@@ -1,0 +1,231 @@
+"""An output appears whole or not at all: kills at any moment, full disks, and what they leave behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHIPPED, tree
+from safetensors.numpy import save_file
+
+from export import convert, safetensors, staging, verify
+from pruner import MachineError, PruneAttnError, open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 MB in 3 shards, so that a kill lands in the middle of the copying."""
+    directory = tmp_path_factory.mktemp("big")
+    config = json.loads((SHIPPED / "config.json").read_text())
+    config |= {"hidden_size": 1024, "head_dim": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= {"intermediate_size": 2816, "vocab_size": 1000, "num_hidden_layers": 10}
+    (directory / "config.json").write_text(json.dumps(config))
+    from pruner.llama import Decoder
+
+    rng = np.random.default_rng(0)
+    names = Decoder.from_config(config, directory).tensors()
+    shards: list[dict[str, np.ndarray]] = [{}, {}, {}]
+    for i, (name, shape) in enumerate(names.items()):
+        shards[i * 3 // len(names)][name] = rng.integers(0, 1 << 15, shape, dtype=np.uint16).view(np.float16)
+    files = [f"model-{i + 1:05d}-of-00003.safetensors" for i in range(3)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return directory
+
+
+def command(source: Path, output: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "export.cli", "convert", str(source), str(output), *options]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_kills_at_many_moments(big, tmp_path, existing):
+    out, options = tmp_path / "out", ["--drop", "3", "--overwrite", "--max-shard-size", "50MB"]
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run(command(big, out, *options), check=True, capture_output=True)
+        times.append(time.monotonic() - started)
+    takes = min(times)
+    new = tree(out)
+    if existing:
+        convert(big, out, drop=1, overwrite=True)
+    old = tree(out) if existing else None
+    shutil.rmtree(out) if not existing else None
+    rng, unfinished = random.Random(existing), 0
+    for i in range(15):
+        process = subprocess.Popen(command(big, out, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(takes * (0.3 + 0.8 * rng.random()))
+        how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3]
+        process.send_signal(how)
+        _, stderr = process.communicate()
+        assert b"Traceback" not in stderr
+        if not out.exists():
+            assert not existing
+            unfinished += 1
+        elif (now := tree(out)) == new:
+            if existing:  # put the old one back for the next round
+                convert(big, out, drop=1, overwrite=True)
+                assert tree(out) == old
+            else:
+                shutil.rmtree(out)
+        else:
+            assert now == old
+            unfinished += 1
+        if how != signal.SIGKILL:
+            assert process.returncode in (0, 128 + how, -how)
+            assert [p.name for p in tmp_path.iterdir() if p.name != "out" and i == 0] == []
+    assert unfinished > 2  # else nothing was tested
+    convert(big, out, drop=3, overwrite=True, max_shard_size="50MB")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # what the kills left is gone
+    assert verify(out, big).ok
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_every_sync_that_fails_leaves_the_old_or_the_new(tmp_path, monkeypatch, existing):
+    """Fail the n-th sync, for every n, as a full disk does; the last one comes when the output is in its place."""
+    out, real = tmp_path / "out", os.fsync
+    convert(SHIPPED, out, drop=4)
+    new = tree(out)
+    shutil.rmtree(out)
+    if existing:
+        convert(SHIPPED, out, drop=1)
+    old, outcomes = tree(tmp_path), []
+    while not outcomes or outcomes[-1] != "new":
+        calls = 0
+
+        def failing(fd: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == len(outcomes) + 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(fd)
+
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises((MachineError, OSError)):
+            convert(SHIPPED, out, drop=4, overwrite=True)
+        outcomes.append("old" if tree(tmp_path) == old else "new")
+    assert tree(out) == new
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert len(outcomes) > 8
+
+
+def test_a_full_disk_is_known_before_writing(tmp_path, monkeypatch):
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(MachineError, match="1,000 free") as error:
+        convert(SHIPPED, tmp_path / "deep" / "out", drop=4)
+    assert error.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_clearly(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(MachineError, match=r"model\.safetensors.*disk is full"):
+        convert(SHIPPED, tmp_path / "deep" / "out", drop=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_kernels_help(tmp_path, monkeypatch):
+    """Other file systems: no copy_file_range, no reservation, no exchange."""
+    convert(SHIPPED, tmp_path / "a", drop=4)
+
+    def unsupported(*args):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "copy_file_range", unsupported)
+    monkeypatch.setattr(safetensors, "reserve", lambda *args: False)
+    monkeypatch.setattr(staging, "exchange", lambda *args: False)
+    convert(SHIPPED, tmp_path / "b", drop=2)
+    convert(SHIPPED, tmp_path / "b", drop=4, overwrite=True)
+    assert tree(tmp_path / "b") == tree(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_an_exchange_cut_short_is_put_back(tmp_path):
+    """Where the file system cannot exchange, a kill between two renames leaves the old output under another name."""
+    convert(SHIPPED, tmp_path / "out", drop=4)
+    old = tree(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.prune-attn-old-0123456789ab")
+    convert(SHIPPED, tmp_path / "other", drop=1)
+    assert tree(tmp_path / "out") == old
+
+
+def test_only_our_own_leftovers_are_removed(tmp_path):
+    stale = tmp_path / ".gone.prune-attn-new-0123456789ab"
+    stale.mkdir()
+    (stale / "model.safetensors").write_bytes(b"half")
+    kept = [".out.prune-attn-new", ".out.prune-attn-new-0123456789ab.txt", "x.prune-attn-new-0123456789ab", ".hidden"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".link.prune-attn-new-0123456789ab").symlink_to(tmp_path / ".hidden")
+    alive = tmp_path / ".alive.prune-attn-new-0123456789ab"
+    alive.mkdir()
+    code = f"""import fcntl, os, time
+fcntl.flock(os.open({str(alive)!r}, os.O_RDONLY), fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(60)"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        convert(SHIPPED, tmp_path / "out", drop=4)
+        left = {p.name for p in tmp_path.iterdir()}
+        assert left == {*kept, "out", alive.name, ".link.prune-attn-new-0123456789ab"}
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_source_that_changes_meanwhile_is_refused(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(SHIPPED, source)
+    file = source / "model.safetensors"
+
+    def touch(done: int, total: int) -> None:
+        os.utime(file, (1, 1))
+
+    with pytest.raises(PruneAttnError, match="changed while it was read"):
+        convert(source, tmp_path / "out", drop=4, progress=touch)
+    with pytest.raises(PruneAttnError, match="ended while it was read"):
+        convert(source, tmp_path / "out", drop=4, progress=lambda done, total: os.truncate(file, 20_000))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_place_that_cannot_be_written_is_the_machines_failure(cli):
+    done = cli("convert", SHIPPED, "/proc/out", "--drop", "4", check=1)
+    assert done.stderr.startswith("prune-attn: /proc")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_streaming_memory_and_imports(big, tmp_path):
+    """At most 250 MB for the whole process, and no torch, whatever the size; a conversion holds a piece at a time."""
+    code = (
+        "import sys\nfrom export import convert, verify\n"
+        "convert({!r}, {!r}, drop=3, dtype={!r})\nassert verify({!r}, {!r}).ok\n"
+        "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(int(peak) // 1024, 'torch' in sys.modules)"
+    )
+    for dtype in (None, "float32"):
+        out = str(tmp_path / f"out-{dtype}")
+        run = [sys.executable, "-c", code.format(str(big), out, dtype, out, str(big))]
+        megabytes, torch = subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()
+        if dtype is None:
+            assert int(megabytes) < 100
+            assert torch == "False"
+    assert open_checkpoint(out).dtypes == ("F32",)

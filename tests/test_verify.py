@@ -1,0 +1,105 @@
+"""``verify`` finds what was changed, and only then complains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import SHIPPED, edit_config
+
+from export import convert, verify
+from pruner import PruneAttnError
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    convert(SHIPPED, tmp_path / "out", drop=4, max_shard_size="4MB")
+    return tmp_path / "out"
+
+
+def found(out: Path, match: str, against: Path | None = None) -> None:
+    problems = verify(out, against).problems
+    assert problems
+    assert match in problems[0]
+    assert all("\n" not in problem for problem in problems)
+
+
+def test_command(cli, out):
+    assert "ok" in cli("verify", out, check=0).stdout
+    assert "91 tensors" in cli("verify", out, "--against", SHIPPED, check=0).stdout
+    told = json.loads(cli("verify", out, "--against", SHIPPED, "--json", check=0).stdout)
+    assert told["ok"]
+    assert told["tensors_compared"] == 91
+    (out / "tokenizer.json").unlink()
+    done = cli("verify", out, check=1)
+    assert "tokenizer.json: is missing" in done.stderr
+    assert not json.loads(cli("verify", out, "--json", check=1).stdout)["ok"]
+    cli("verify", out / "none", check=2)
+    cli("verify", out, "--against", out / "none", check=2)
+
+
+@pytest.mark.parametrize("where", [0, 0.5, 1])
+def test_one_changed_byte_is_found_against_the_source(out, where):
+    shard = sorted(out.glob("*.safetensors"))[1]
+    raw = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start + int(where * (len(raw) - start - 1))] ^= 1
+    shard.write_bytes(raw)
+    assert verify(out).ok  # no weights are read
+    found(out, "is not the source's", SHIPPED)
+
+
+def test_rewritten_truncated_and_swapped_shards(out, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shards = sorted(out.glob("*.safetensors"))
+    kept = [s.read_bytes() for s in shards]
+    save_file(load_file(shards[0]), shards[0], metadata={"format": "pt"})  # the same tensors, laid out differently
+    found(out, shards[0].name)
+    shards[0].write_bytes(kept[0][:-10])
+    found(out, "truncated")
+    shards[0].write_bytes(kept[1])
+    found(out, shards[0].name)
+    shards[0].unlink()
+    found(out, "missing")
+
+
+def test_config_code_and_plan(out):
+    config = (out / "config.json").read_text()
+    edit_config(out, rope_theta=5.0)
+    found(out, "rope")
+    (out / "config.json").write_text(config)
+    edit_config(out, auto_map=...)
+    found(out, "auto_map")
+    (out / "config.json").write_text(config)
+    edit_config(out, rms_norm_eps=1e-6)
+    assert verify(out).ok  # well formed ...
+    found(out, "config.json", SHIPPED)  # ... but not the source's
+    (out / "config.json").write_text(config)
+    code = out / "modeling_pruned_llama.py"
+    code.write_text(code.read_text() + "\nimport os\n")
+    found(out, "do not trust it")
+    convert(SHIPPED, out, drop=4, overwrite=True)
+    record = json.loads((out / "pruning_plan.json").read_text())
+    record["result"]["attention"].append(11)
+    (out / "pruning_plan.json").write_text(json.dumps(record))
+    found(out, "layers")
+    (out / "pruning_plan.json").unlink()
+    found(out, "pruning_plan.json")
+
+
+def test_another_source(out, make_llama, tmp_path):
+    found(out, "another model", make_llama())
+    shutil.copytree(SHIPPED, tmp_path / "other")
+    (tmp_path / "other" / "generation_config.json").write_text("{}")
+    found(out, "generation_config.json", tmp_path / "other")
+
+
+def test_not_written_by_us(tmp_path):
+    found(SHIPPED, "pruning_plan.json")
+    (tmp_path / "empty").mkdir()
+    found(tmp_path / "empty", "pruning_plan.json")
+    with pytest.raises(PruneAttnError, match="no such directory"):
+        verify(tmp_path / "none")

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export._system import reserve
+from export._system import reserve, start_writeback
 from pruner.checkpoint import INDEX, Tensor
 from pruner.errors import MachineError, PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, itemsize
 
 DATA_ALIGNMENT = 4096
-_CHUNK = 64 << 20  # bytes the kernel copies a call; small enough that a signal is answered soon
+_CHUNK = 16 << 20  # bytes the kernel copies a call; small enough that the disk and signals are not kept waiting
 _CONVERT_ELEMENTS = 4 << 20  # elements converted at a time
 
 Progress = Callable[[int], None]
@@ -250,6 +250,7 @@ def copy_range(
             if count == 0:
                 raise PruneAttnError(f"{path}: ended while it was read; convert again when it is complete")
             _pwrite_all(out, data, position)
+        start_writeback(out, position, count)
         start, position, nbytes = start + count, position + count, nbytes - count
         if progress:
             progress(count)

@@ -1,8 +1,9 @@
-"""See ``scripts/bench_convert``. Each way runs in a process of its own, in turn, to a cold destination, ending in fsync."""
+"""See ``scripts/bench_convert``. Each way is a process of its own, in turn, to a cold destination, fsync included."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -33,18 +34,20 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> tuple[float, float]:
+def run(command: list[str]) -> tuple[float, float]:
     """Seconds and peak resident MB of one process."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}
-    )
-    stderr = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    while process.poll() is None:  # not wait4's ru_maxrss, which begins with what this process had when it forked
+        with contextlib.suppress(OSError, StopIteration):
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = max(peak, int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
+        time.sleep(0.005)
+    taken = time.perf_counter() - start
     if process.returncode:
-        sys.exit(f"{' '.join(command[:4])} failed: {stderr.decode()[-2000:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+        sys.exit(f"{' '.join(command[:4])} failed: {process.stderr.read().decode()[-2000:]}")
+    return taken, peak / 1024
 
 
 def sync(path: Path) -> float:
@@ -113,14 +116,15 @@ def main() -> None:
     if options.json:
         print(json.dumps({"shape": options.shape, "bytes": kept, "runs": options.runs, "ways": rows}, indent=2))
         return
-    title = f"{options.shape}, {kept / 1e9:.2f} GB written, {options.runs} runs in turn, {platform.machine()}, {os.cpu_count()} cores"
-    table = Table(title=title)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    table = Table(title=f"{options.shape}, {kept / 1e9:.2f} GB written, {options.runs} runs in turn, {machine}")
     for column in ("", "median s", "min", "max", "GB/s", "time / ours", "peak MB"):
         table.add_column(column, justify="right" if column else "left")
     for way, row in rows.items():
-        s = row["seconds"]
-        table.add_row(way, f"{s['median']:.2f}", f"{s['min']:.2f}", f"{s['max']:.2f}", f"{kept / 1e9 / s['median']:.2f}",
-                      f"{row['ratio_to_ours']:.2f}", f"{row['peak_mb']:.0f}")  # fmt: skip
+        median, least, most = (row["seconds"][key] for key in ("median", "min", "max"))
+        speed = kept / 1e9 / median
+        numbers = (f"{x:.2f}" for x in (median, least, most, speed, row["ratio_to_ours"]))
+        table.add_row(way, *numbers, f"{row['peak_mb']:.0f}")
     Console(width=120).print(table)
 
 

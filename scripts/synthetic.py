@@ -37,9 +37,9 @@ def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000) -> int:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    # alphabetically by layer, as save_pretrained writes: not the order in which we lay tensors out
+    # alphabetically, as the safetensors library writes: not the order in which we lay tensors out
     names = Decoder.from_config(config, directory / "config.json").tensors()
-    for name in sorted(names, key=lambda n: [int(p) if p.isdigit() else -1 for p in n.split(".")[2:3]] + [n]):
+    for name in sorted(names):
         nbytes = 2 * int(np.prod(names[name]))
         if used and used + nbytes > shard_bytes:
             shards.append({})

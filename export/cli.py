@@ -166,11 +166,17 @@ def _print_json(value: Any) -> None:
 
 
 def _print(*parts: Any) -> None:
+    import shutil
+
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
-    for part in parts:
-        console.print(part)
+    # rendered first, so that a broken pipe is ours to handle; a narrow window wraps lines but keeps the numbers
+    width = max(80, shutil.get_terminal_size().columns)
+    console = Console(highlight=False, emoji=False, soft_wrap=True, width=width)
+    with console.capture() as text:
+        for part in parts:
+            console.print(part)
+    click.echo(text.get(), nl=False)
 
 
 def _escape(text: str) -> str:
@@ -227,24 +233,45 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None] | None]:
 # -- entry -------------------------------------------------------------------------------------------------------------
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + signum)  # unwinds, so that what was half written is removed
+class _Stopped(BaseException):
+    """A signal asked the process to end; unwinding removes what was half written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    for other in _SIGNALS:
+        signal.signal(other, signal.SIG_IGN)  # the first one is enough, and nothing may cut the cleaning short
+    raise _Stopped(signum)
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def main() -> NoReturn:
     """The console script: every failure is one line on standard error, and an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, _terminate)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as the process lives
     try:
+        for signum in _SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
+                signal.signal(signum, _stop)
         code = cli.main(prog_name="prune-attn", standalone_mode=False)
         sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
-    except (Exception, KeyboardInterrupt) as error:
+        code, text = code if isinstance(code, int) else 0, ""
+    except SystemExit as error:
+        code, text = error.code, ""
+    except (Exception, _Stopped) as error:
         if os.environ.get("PRUNE_ATTN_DEBUG") == "1":
             raise
         code, text = _explain(error)
-    click.echo(f"prune-attn: {text}", err=True)
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # all is done; an interrupt now would only print a traceback
+    if text:
+        click.echo(f"prune-attn: {' '.join(text.split())}", err=True)
     sys.exit(code)
 
 
@@ -256,8 +283,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "prune-attn"
         return 2, f"{' '.join(error.format_message().split())} (see `{where} --help`)"
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return 130, "interrupted; nothing was left behind"
+    if isinstance(error, _Stopped):
+        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}; nothing half written is left"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "the reader of the output went away"

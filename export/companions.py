@@ -10,7 +10,8 @@ from typing import Any
 # What describes the model's use. Weights in other formats, and what describes the source itself (its README, report,
 # model.onnx, genai_config.json, plan), match none of these.
 _PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer*", "tokenization_*.py",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
     "generation_config.json", "chat_template*", "additional_chat_templates/*.jinja",
     "license*", "licence*", "*_license*", "copying*", "notice*", "use_policy*", "acceptable_use*", "*usage_policy*",
@@ -40,6 +41,6 @@ def tokenizer_class(source: Path, names: dict[str, Path], config: dict[str, Any]
     try:
         if json.loads((source / "tokenizer_config.json").read_bytes()).get("tokenizer_class"):
             return None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass
     return "LlamaTokenizer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
-from pruner.plan import PLAN_FILE, PruningPlan, original_counts, plan_drop, plan_layers, read_plan
+from pruner.plan import PLAN_FILE, PruningPlan, plan_drop, plan_layers, read_plan
 from pruner.summary import totals
 
 
@@ -81,7 +81,7 @@ def choose(
             if value is not None:
                 raise PruneAttnError(f"{option} cannot go with --plan, which says it already; leave one of them out")
         made = read_plan(plan, checkpoint)
-        return made if drop is None else made.cut(drop, original_counts(checkpoint))
+        return made if drop is None else made.cut(drop, checkpoint)
     if layers is not None:
         if drop is not None or strategy is not None:
             raise PruneAttnError("--layers names the layers itself; leave out --drop and --strategy")
@@ -103,7 +103,7 @@ def convert(
     output: str | os.PathLike[str],
     *,
     drop: str | int | None = None,
-    layers: str | None = None,
+    layers: str | Iterable[int] | None = None,
     plan: str | os.PathLike[str] | None = None,
     sublayer: str | None = None,
     strategy: str | None = None,
@@ -118,7 +118,7 @@ def convert(
     """Write ``source`` to ``output`` with sublayers physically removed.
 
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
-    (default ``last``), by ``layers`` ("22-29,31", the source's present numbers), or by ``plan`` (a file; ``drop``
+    (default ``last``), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
     then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
     ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch.
 
@@ -126,14 +126,16 @@ def convert(
     is called with (bytes written, bytes in all). Raises ``PruneAttnError`` for bad input, with nothing written, and
     ``MachineError`` or ``OSError`` where the machine fails.
     """
+    if not os.fspath(output):
+        raise PruneAttnError("OUTPUT is empty; give a directory")
     source, output = Path(source), Path(output)
-    max_bytes = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     checkpoint = open_checkpoint(source)
     chosen = choose(
         checkpoint,
         drop=None if drop is None else str(drop),
-        layers=layers,
+        layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
         plan=plan,
         sublayer=sublayer,
         strategy=strategy,
@@ -141,7 +143,7 @@ def convert(
         allow_all=allow_all,
     )
     result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
-    check_target(output, source, record.not_ours, overwrite)
+    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
 
     config = output_config(checkpoint, result, target_dtype)
     shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
@@ -159,7 +161,7 @@ def convert(
     total = sum(conversion.shards.values())
     check_space(output, total)
     if not dry_run:
-        with staged(output) as directory:
+        with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             _write(directory, checkpoint, chosen, result, config, shards, conversion, progress)
     return conversion
 

@@ -62,11 +62,24 @@ def dump(record: dict[str, Any]) -> bytes:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record in a directory that this tool wrote; ``None`` where there is none, or somebody else's file."""
     try:
-        record = json.loads((directory / PLAN_FILE).read_bytes())
+        file = directory / PLAN_FILE
+        record = json.loads(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    ours = isinstance(record, dict) and record.get("format") == FORMAT and isinstance(record.get("files"), dict)
-    return record if ours else None
+    return record if isinstance(record, dict) and record.get("format") == FORMAT and _well_formed(record) else None
+
+
+def _well_formed(record: dict[str, Any]) -> bool:
+    """Whether what this tool reads of a record has the types that it writes."""
+    files, source, dtype = record.get("files"), record.get("source"), record.get("converted_to")
+    layers = [record.get("attention"), record.get("mlp")]
+    return (
+        isinstance(files, dict)
+        and all(isinstance(fact, dict) and 0 < len(name) < 200 for name, fact in files.items())
+        and isinstance(source, dict)
+        and (dtype is None or dtype in ("float16", "bfloat16", "float32"))
+        and all(isinstance(x, list) and all(type(i) is int for i in x) for x in layers)
+    )
 
 
 def not_ours(directory: Path) -> str | None:
@@ -74,6 +87,13 @@ def not_ours(directory: Path) -> str | None:
     record = read_record(directory)
     if record is None:
         return "was not written by prune-attn"
+    extra = strangers(directory, record)
+    return f"holds {extra[0]}, which prune-attn did not write" if extra else None
+
+
+def strangers(directory: Path, record: dict[str, Any]) -> list[Path]:
+    """What lies in a directory that neither the record lists nor this tool's other commands write, relative names."""
+    found = []
     written = {Path(name) for name in record["files"]}
     folders = {parent for name in written for parent in name.parents}
     for root, names, files in os.walk(directory):
@@ -81,5 +101,5 @@ def not_ours(directory: Path) -> str | None:
         for name in [*names, *files]:
             path = here / name
             if path.parts[0] not in _KNOWN and path not in written and path not in folders:
-                return f"holds {path}, which prune-attn did not write"
-    return None
+                found.append(path)
+    return sorted(found)

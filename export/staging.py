@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from pruner.errors import MachineError, PruneAttnError
 _STAGING = re.compile(r"\.(?P<name>.+)\.prune-attn-(?P<kind>new|old)-[0-9a-f]{12}")
 
 
-def check_target(output: Path, source: Path, is_ours: Callable[[Path], str | None], overwrite: bool) -> None:
+Refusal = Callable[[Path], str | None]  # why a directory may not be replaced; None where this tool wrote all of it
+
+
+def check_target(output: Path, source: Path, files: Iterable[Path], refusal: Refusal, overwrite: bool) -> None:
     """Refuse an OUTPUT that must not be written to. Touches nothing.
 
-    ``is_ours`` returns why a directory may not be replaced, or ``None`` where this tool wrote all of it.
-    Raises ``PruneAttnError``.
+    ``files`` are the source's (their links may lead into OUTPUT). Raises ``PruneAttnError``.
     """
     target, origin = Path(os.path.realpath(output)), Path(os.path.realpath(source))
     if target == origin:
@@ -32,6 +34,14 @@ def check_target(output: Path, source: Path, is_ours: Callable[[Path], str | Non
         raise PruneAttnError(f"{output}: lies inside the source; choose a directory outside {source}")
     if target in origin.parents:
         raise PruneAttnError(f"{output}: contains the source; choose another output directory")
+    if target.is_symlink():
+        raise PruneAttnError(f"{output}: is a link that leads nowhere; choose another output directory")
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise PruneAttnError(f"{output}: is or contains the directory you are in; choose another output directory")
+    if os.path.ismount(target):
+        raise PruneAttnError(f"{output}: is a mount point; choose a directory inside it")
+    if any(target in Path(os.path.realpath(file)).parents for file in files):
+        raise PruneAttnError(f"{output}: holds files that the source links to; choose another output directory")
     ancestor = next(p for p in target.parents if p.exists())
     if not ancestor.is_dir():
         raise PruneAttnError(f"{output}: {ancestor} is not a directory; choose another output directory")
@@ -43,16 +53,17 @@ def check_target(output: Path, source: Path, is_ours: Callable[[Path], str | Non
         return
     if not overwrite:
         raise PruneAttnError(f"{output}: exists and is not empty; choose another directory, or add --overwrite")
-    if reason := is_ours(target):
+    if reason := refusal(target):
         raise PruneAttnError(f"{output}: {reason}, so --overwrite will not replace it; move it away yourself")
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, replaceable: Refusal) -> Iterator[Path]:
     """Yield an empty directory beside ``output``; when the block ends well it takes ``output``'s place, in one step.
 
-    A previous ``output`` is exchanged and then removed. When the block fails, ``output`` is as it was. What killed runs
-    left in the same parent is removed first. Raises ``MachineError`` for what the file system refuses.
+    A previous ``output`` is exchanged and then removed, unless ``replaceable`` says why it must not be (it may have
+    appeared meanwhile: then ``PruneAttnError``). When the block fails, ``output`` is as it was. What killed runs left
+    in the same parent is removed first.
     """
     target = Path(os.path.realpath(output))
     made = [p for p in [target.parent, *target.parent.parents] if not p.exists()]
@@ -66,7 +77,7 @@ def staged(output: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
         _sync(staging)
-        _publish(staging, target)
+        _publish(staging, target, replaceable)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -79,17 +90,24 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _name(target: Path, kind: str) -> Path:
-    return target.parent / f".{target.name}.prune-attn-{kind}-{secrets.token_hex(6)}"
+    # "old" must carry the whole name, by which _clean puts it back; "new" need not, and names have a longest length
+    name = target.name if kind == "old" else target.name[:40]
+    return target.parent / f".{name}.prune-attn-{kind}-{secrets.token_hex(6)}"
 
 
-def _publish(staging: Path, target: Path) -> None:
+def _publish(staging: Path, target: Path, replaceable: Refusal) -> None:
     try:
         os.rename(staging, target)  # also over an empty directory
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+    if reason := replaceable(target):
+        raise PruneAttnError(f"{target}: {reason}, and appeared while this ran; choose another output directory")
     if exchange(str(staging), str(target)):
+        if reason := replaceable(staging):  # what was exchanged is no longer what was looked at
+            exchange(str(staging), str(target))
+            raise PruneAttnError(f"{target}: {reason}, and appeared while this ran; choose another output directory")
         shutil.rmtree(staging, ignore_errors=True)
         return
     # No exchange on this file system: two renames. A kill between them leaves "old", which _clean puts back.
@@ -138,7 +156,7 @@ def _sync(directory: Path) -> None:
 
 def check_space(output: Path, needed: int) -> None:
     """Raise ``MachineError`` where the file system of ``output`` has fewer than ``needed`` bytes free."""
-    ancestor = next(p for p in [Path(os.path.realpath(output)), *Path(os.path.realpath(output)).parents] if p.exists())
+    ancestor = next(p for p in Path(os.path.realpath(output)).parents if p.exists())
     free = shutil.disk_usage(ancestor).free
     if free < needed:
         raise MachineError(

@@ -18,7 +18,7 @@ from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
-from pruner.plan import PLAN_FILE
+from pruner.plan import PLAN_FILE, read_plan
 
 _CHUNK = 8 << 20
 
@@ -74,8 +74,8 @@ def verify(
         result.problems.append(str(error))
         return result
     if facts is not None:
-        result.problems += _files(output, facts, checkpoint)
         result.problems += _structure(output, facts, checkpoint)
+        result.problems += _files(output, facts, checkpoint)
     if source is not None and not result.problems:
         assert facts is not None
         result.problems += _source(output, facts, checkpoint, source)
@@ -95,10 +95,15 @@ def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Itera
             yield f"{path}: has {shard.size} bytes, {fact.get('size')} were written; convert again"
         elif shard is not None and shard.header_sha256 != fact.get("header_sha256"):
             yield f"{path}: its header is not the one that was written; it was rewritten since, convert again"
-        elif name in dialect.CODE_FILES and hashlib.sha256(path.read_bytes()).hexdigest() != fact.get("sha256"):
-            yield f"{path}: model code is not what was written; do not trust it, convert again"
-    for name in headers:
-        yield f"{output / name}: was not written by prune-attn; convert again"
+        elif shard is None and name != record.CARD and _sha256(path) != fact.get("sha256"):
+            trust = "do not trust it, " if name in dialect.CODE_FILES else ""
+            yield f"{path}: is not what was written; {trust}convert again"
+    for path in record.strangers(output, facts):
+        yield f"{output / path}: was not written by prune-attn; move it away"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
@@ -114,12 +119,21 @@ def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> I
 
 
 def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    made_from = {k: v for k, v in facts.get("source", {}).items() if k != "name"}
+    made_from = {k: v for k, v in facts["source"].items() if k != "name"}
     if made_from != {k: v for k, v in source.fingerprint().items() if k != "name"}:
         yield f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
         return
-    left = source.decoder.without(facts["attention"], facts["mlp"])
-    dtype = facts.get("converted_to")
+    try:
+        plan = read_plan(output / PLAN_FILE, source)
+        left = plan.check(source.decoder, allow_first_layer=True, allow_all=True)
+    except PruneAttnError as error:
+        yield str(error)
+        return
+    dtype = facts["converted_to"]
+    made = record.make_record(plan, source, left, dtype) | {"tool": facts.get("tool")}
+    for key in made.keys() - {"source"}:  # compared above; its name may differ
+        if facts.get(key) != made[key]:
+            yield f"{output / PLAN_FILE}: {key!r} is not what converting {source.path} gives; convert again"
     if checkpoint.config != output_config(source, left, dtype and safetensors_dtype(dtype)):
         yield f"{output / CONFIG}: is not what converting {source.path} gives; convert again"
     names = source_names(left)

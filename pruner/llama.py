@@ -63,15 +63,16 @@ class Decoder:
             found = architectures[0] if isinstance(architectures, list) and architectures else model_type
             raise bad(f"is a {found or 'model of unknown architecture'}; only LlamaForCausalLM can be pruned")
 
-        def count(key: str, default: int | None = None) -> int:
+        def count(key: str, default: int | None = None, most: int = 2**31) -> int:
             value = config.get(key)
             if value is None and default is not None:
                 return default
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise bad(f"{key} is {value!r}; it must be a positive whole number")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise bad(f"{key} is {str(value)[:40]!r}; it must be a whole number from 1 to {most}")
             return value
 
-        layers, hidden, heads = count("num_hidden_layers"), count("hidden_size"), count("num_attention_heads")
+        layers = count("num_hidden_layers", most=10_000)
+        hidden, heads = count("hidden_size"), count("num_attention_heads")
         kv_heads = count("num_key_value_heads", heads)
         if heads % kv_heads:
             raise bad(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")

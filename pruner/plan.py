@@ -50,19 +50,17 @@ class PruningPlan:
         mlp = dropped if sublayer in ("mlp", "block") else ()
         return cls(sublayer, strategy, attention, mlp, order, requested)
 
-    def cut(self, drop: str, original: dict[str, int]) -> PruningPlan:
-        """This plan with another number of sublayers, taken from the beginning of its order.
-
-        ``original``: sublayers of each kind before any pruning (``original_counts``), for a percentage.
-        """
+    def cut(self, drop: str, checkpoint: Checkpoint) -> PruningPlan:
+        """This plan with another number of ``checkpoint``'s sublayers, taken from the beginning of its order."""
         if self.order is None:
             raise PruneAttnError(
                 "the plan names a set of sublayers without an order, so --drop cannot cut it; leave --drop out"
             )
-        count = parse_drop(drop, original[self.sublayer])
+        count = parse_drop(drop, original_counts(checkpoint)[self.sublayer])
         if count > len(self.order):
             raise PruneAttnError(f"--drop {drop}: the plan's order has only {len(self.order)} layers; drop fewer")
-        return replace(PruningPlan.of(self.sublayer, self.strategy, self.order, count, drop), source=self.source)
+        plan = PruningPlan.of(self.sublayer, self.strategy, self.order, count, drop)
+        return _only_present(replace(plan, source=self.source), checkpoint.decoder)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as the JSON object that ``read_plan`` reads."""
@@ -144,13 +142,13 @@ def original_counts(checkpoint: Checkpoint) -> dict[str, int]:
     Numbering stays when sublayers go, so it is the number of layers, except where whole blocks went and the rest was
     renumbered: then the ``pruning_plan.json`` beside the weights knows.
     """
-    layers = checkpoint.decoder.num_layers
+    layers, file = checkpoint.decoder.num_layers, checkpoint.path / PLAN_FILE
     try:
-        recorded = json.loads((checkpoint.path / PLAN_FILE).read_bytes())
+        recorded = json.loads(file.read_bytes()) if file.is_file() else {}
         original = recorded["original"]["num_hidden_layers"]
         if recorded["format"] == FORMAT and isinstance(original, int):
             layers = max(layers, original)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # never pruned by us, or somebody's own file
     return dict.fromkeys(SUBLAYERS, layers)
 
@@ -252,22 +250,19 @@ def _ints(path: Path, data: dict[str, Any], key: str) -> tuple[int, ...]:
 def _read_ours(path: Path, data: dict[str, Any], checkpoint: Checkpoint) -> PruningPlan:
     if data.get("version") != VERSION:
         raise PruneAttnError(f"{path}: has plan version {data.get('version')!r}; this prune-attn reads {VERSION}")
+    source = data.get("source")
+    if source is not None:
+        _check_made_for(path, source, checkpoint)
     sublayer, order = data.get("sublayer"), None
     attention, mlp = _ints(path, data, "attention"), _ints(path, data, "mlp")
     if sublayer in SUBLAYERS:
         order = _ints(path, data, "order")
-        named = {"attention": attention, "mlp": mlp, "block": tuple(set(attention) | set(mlp))}[sublayer]
-        if (
-            set(order[: len(named)]) != set(named)
-            or (sublayer == "attention" and mlp)
-            or (sublayer == "mlp" and attention)
-        ):
+        named = set(attention) | set(mlp)
+        meant = _only_present(PruningPlan.of(sublayer, "", order, len(named), ""), checkpoint.decoder)
+        if (set(meant.attention), set(meant.mlp)) != (set(attention), set(mlp)):
             raise PruneAttnError(f"{path}: its order does not begin with the layers that it drops; make the plan again")
     elif sublayer != "mixed":
         raise PruneAttnError(f"{path}: unknown sublayer {sublayer!r}; make the plan again")
-    source = data.get("source")
-    if source is not None:
-        _check_made_for(path, source, checkpoint)
     requested = data.get("requested")
     return PruningPlan(
         sublayer,

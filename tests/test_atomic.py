@@ -46,7 +46,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(source: Path, output: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "export.cli", "convert", str(source), str(output), *options]
+    return [str(Path(sys.executable).parent / "prune-attn"), "convert", str(source), str(output), *options]
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -229,3 +229,36 @@ def test_streaming_memory_and_imports(big, tmp_path):
             assert int(megabytes) < 100
             assert torch == "False"
     assert open_checkpoint(out).dtypes == ("F32",)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_appears_meanwhile_is_not_replaced(tmp_path, existing):
+    """A conversion takes minutes; whoever puts files at OUTPUT meanwhile keeps them."""
+    out = tmp_path / "out"
+    if existing:
+        convert(SHIPPED, out, drop=1)
+
+    def somebody(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(PruneAttnError, match="appeared while this ran"):
+        convert(SHIPPED, out, drop=4, overwrite=existing, progress=somebody)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_is_one_line_or_silence(tmp_path):
+    """Also while modules load; by the console script, as a person runs it."""
+    script = Path(sys.executable).parent / "prune-attn"
+    for i in range(12):
+        process = subprocess.Popen(
+            [script, "convert", SHIPPED, tmp_path / "out", "--drop", "4", "--overwrite"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(0.06 + 0.02 * i)  # before that, Python itself is still starting
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+        assert "Traceback" not in stderr
+        assert len(stderr.splitlines()) <= 1
+        assert process.returncode in (0, 130, -signal.SIGINT)

@@ -107,6 +107,11 @@ def test_not_a_checkpoint(tmp_path, source):
         (dict(num_key_value_heads=3), "no multiple"),
         (dict(vocab_size=4097), r"has shape \[4096, 160\]"),
         (dict(hidden_size="160"), "hidden_size"),
+        (dict(num_hidden_layers=10**9), "num_hidden_layers"),
+        (dict(num_hidden_layers=10**30), "num_hidden_layers"),
+        (dict(rope_theta="x"), "positive number"),
+        (dict(rope_theta=[1]), "positive number"),
+        (dict(extra=float("nan")), "is not JSON"),
         (dict(num_attention_heads=True), "num_attention_heads"),
         (dict(attention_bias=True), "q_proj.bias"),
         (dict(rope_theta=5.0), "rope_theta"),
@@ -239,6 +244,8 @@ def test_shards_and_index_that_disagree(sharded):
     for text in ("{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "nonsense"):
         index.write_text(text)
         refused(sharded, r"index\.json")
+    index.write_text(good.replace('"model.norm.weight"', '"lm_head.weight"'))
+    refused(sharded, "stands twice")
     index.write_text(good)
     shutil.copy(sharded / shards[1], sharded / shards[2])
     refused(sharded, "is in .* too")
@@ -312,6 +319,10 @@ def test_output_that_must_not_be_touched(source, tmp_path):
     no(source, "source itself", overwrite=True)
     no(source / ".." / "source", "source itself")
     no(source / "out", "inside the source")
+    (tmp_path / "loop").symlink_to("loop")
+    no(tmp_path / "loop", "leads nowhere")
+    with contextlib.chdir(stranger):
+        no(Path("."), "you are in", overwrite=True)
     no(tmp_path, "contains the source", overwrite=True)
     (tmp_path / "link").symlink_to(source)
     no(tmp_path / "link", "source itself", overwrite=True)

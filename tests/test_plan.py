@@ -53,6 +53,13 @@ def test_a_saved_plan_gives_the_same_output_and_can_be_cut(tmp_path):
             convert(SHIPPED, tmp_path / "e", plan=plan, **{option: "3"})
 
 
+def test_a_plan_of_blocks_can_be_cut_where_some_have_lost_a_sublayer(tmp_path):
+    convert(SHIPPED, tmp_path / "a", layers=[11])
+    convert(tmp_path / "a", tmp_path / "b", drop=3, sublayer="block")
+    plan = convert(tmp_path / "a", tmp_path / "c", plan=tmp_path / "b" / "pruning_plan.json", drop=2).plan
+    assert (plan.attention, plan.mlp) == ((10,), (10, 11))
+
+
 def test_a_plan_for_another_model_is_refused(tmp_path, make_llama):
     convert(SHIPPED, tmp_path / "a", drop=4)
     plan = tmp_path / "a" / "pruning_plan.json"

@@ -74,9 +74,8 @@ def test_config_code_and_plan(out):
     edit_config(out, auto_map=...)
     found(out, "auto_map")
     (out / "config.json").write_text(config)
-    edit_config(out, rms_norm_eps=1e-6)
-    assert verify(out).ok  # well formed ...
-    found(out, "config.json", SHIPPED)  # ... but not the source's
+    edit_config(out, rms_norm_eps=1e-6)  # well formed, but not what was written
+    found(out, "config.json")
     (out / "config.json").write_text(config)
     code = out / "modeling_pruned_llama.py"
     code.write_text(code.read_text() + "\nimport os\n")
@@ -103,3 +102,36 @@ def test_not_written_by_us(tmp_path):
     found(tmp_path / "empty", "pruning_plan.json")
     with pytest.raises(PruneAttnError, match="no such directory"):
         verify(tmp_path / "none")
+
+
+def test_what_does_not_belong_there(out):
+    for name in ("model-00009-of-00009.safetensors", "pytorch_model.bin", "evil.py", "deep/evil.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"x")
+        found(out, name.split("/")[0])
+        (out / name).unlink()
+        (out / "deep").rmdir() if "deep" in name else None
+    (out / "README.md").write_text("a better card")  # people may
+    assert verify(out, SHIPPED).ok
+    for name in ("tokenizer.json", "model.safetensors.index.json"):
+        with open(out / name, "ab") as file:
+            file.write(b" ")
+        found(out, name)
+        convert(SHIPPED, out, drop=4, max_shard_size="4MB", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        dict(files={"f": None}), dict(files={"f" * 300: {}}), dict(files=[]), dict(attention=None), dict(mlp=True),
+        dict(mlp=[99]), dict(mlp="x"), dict(source=None), dict(source=[]), dict(source={"shards": 5}), dict(source={}),
+        dict(converted_to="x"), dict(converted_to={}), dict(original={"num_hidden_layers": 99}), dict(version=2),
+        dict(strategy="similarity", order=None), dict(result=None), dict(model=5), dict(sublayer="block"),
+        dict(attention=[7, 8, 9, 10]),
+    ],
+)  # fmt: skip
+def test_plans_that_were_tampered_with(out, damage):
+    record = json.loads((out / "pruning_plan.json").read_text())
+    (out / "pruning_plan.json").write_text(json.dumps(record | damage))
+    found(out, "", SHIPPED)
+    verify(out)  # whatever it says, it does not crash

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.header import Shard, Tensor, read_shard
+from pruner.checkpoint.header import Shard, Tensor, no_duplicates, read_shard
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder, check_not_quantised, check_tensors
 
@@ -36,7 +36,7 @@ class Checkpoint:
         path = self.path.resolve()
         if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return path.name
+        return os.fsencode(path.name).decode("utf-8", "replace")
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -75,15 +75,24 @@ class Checkpoint:
 def read_json(path: Path) -> tuple[Any, str]:
     """A JSON file's value and the SHA-256 of its bytes. Raises ``PruneAttnError`` when it is not JSON."""
     raw = path.read_bytes()
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        return json.loads(raw.decode("utf-8")), hashlib.sha256(raw).hexdigest()
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=refuse)
+        return value, hashlib.sha256(raw).hexdigest()
     except (ValueError, RecursionError) as error:
         raise PruneAttnError(f"{path}: is not JSON ({str(error)[:120]}); download or write it again") from None
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:
     """``config.json`` of a checkpoint directory and its SHA-256; ``PruneAttnError`` where there is no such thing."""
-    if not directory.exists():
+    try:
+        exists = directory.exists()
+    except OSError:  # a name that no file system can have
+        exists = False
+    if not exists:
         raise PruneAttnError(f"{directory}: no such directory; give the path of a Llama checkpoint")
     if not directory.is_dir():
         raise PruneAttnError(f"{directory}: is a file; give the checkpoint's directory, which holds {CONFIG}")
@@ -122,7 +131,7 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         raise PruneAttnError(f"{index_path}: has no weight_map; download it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name != os.path.basename(name) or name in ("", ".", ".."):
+        if name != os.path.basename(name) or name in ("", ".", "..") or not name.isprintable() or len(name) > 200:
             raise PruneAttnError(f"{index_path}: names the shard {name!r}, which is not a file beside it")
     return names, weight_map
 

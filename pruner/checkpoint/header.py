@@ -6,6 +6,7 @@ header of N bytes, then the tensors' data without gaps or overlaps, in any order
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -55,7 +56,8 @@ class Shard:
     tensors: dict[str, Tensor] = field(repr=False)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` for JSON in which a name given twice is an error, not a choice."""
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
@@ -65,7 +67,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def read_shard(path: Path) -> Shard:
@@ -80,9 +82,10 @@ def read_shard(path: Path) -> Shard:
 
     try:
         info = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        lost = "is a link to a file that is gone" if path.is_symlink() else "is missing"
-        raise bad(lost) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        raise bad("is a link to a file that is gone" if path.is_symlink() else "is missing") from None
     if not stat.S_ISREG(info.st_mode):
         raise bad("is not a regular file", "a shard must be a file")
     with open(path, "rb") as file:
@@ -99,7 +102,7 @@ def read_shard(path: Path) -> Shard:
             raise bad(f"is truncated: its header alone needs {8 + length} bytes and the file has {size}")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise bad(f"its header cannot be read ({_one_line(error)})") from None
     if not isinstance(header, dict):
@@ -116,7 +119,8 @@ def read_shard(path: Path) -> Shard:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise bad(f"its header's entry for {name!r} lacks dtype, shape or data_offsets") from None
-        if not isinstance(dtype, str) or not isinstance(shape, list) or not all(map(_is_count, [*shape, begin, end])):
+        fits = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 8
+        if not fits or not all(map(_is_count, [*shape, begin, end])):
             raise bad(f"its header's entry for {name!r} is malformed")
         if dtype not in DTYPE_BYTES:
             raise bad(f"tensor {name!r} has dtype {dtype}", "convert from the unquantised checkpoint")

@@ -20,6 +20,7 @@ ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILES = ("configuration_pruned_llama.py", "modeling_pruned_llama.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig",
+    "AutoModel": "modeling_pruned_llama.PrunedLlamaModel",
     "AutoModelForCausalLM": "modeling_pruned_llama.DeciLMForCausalLM",
 }
 
@@ -60,8 +61,11 @@ def rope_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise PruneAttnError(f"{path}: rope_parameters and rope_scaling must be objects or null")
     thetas = [v for v in (parameters.get("rope_theta"), config.get("rope_theta")) if v is not None]
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 1e30 for v in thetas):
+        raise PruneAttnError(f"{path}: rope_theta is {str(thetas[0])[:40]!r}; it must be a positive number")
     kinds = {_rope_kind(fields) for fields in (parameters, scaling) if fields}
-    if len(set(map(float, thetas))) > 1 or len(kinds) > 1:
+    differing = parameters and scaling and any(scaling[k] != parameters[k] for k in scaling.keys() & parameters.keys())
+    if len(set(map(float, thetas))) > 1 or len(kinds) > 1 or differing:
         raise PruneAttnError(
             f"{path}: rope_parameters contradicts rope_theta or rope_scaling, and each reader would take another; "
             "remove the wrong ones"

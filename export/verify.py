@@ -12,6 +12,7 @@ from typing import Any
 
 from export import record
 from export.companions import companions
+from export.onnx import GRAPH
 from export.safetensors import convert_chunks
 from export.target import output_config, source_names
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
@@ -53,7 +54,8 @@ def verify(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect. No weights are read.
+    """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect, and that
+    ``model.onnx``, where there is one, belongs to these shards. No weights are read.
 
     With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
     ``--dtype`` was used), every dropped one gone, and the same configuration again. ``progress`` is called with (bytes
@@ -76,6 +78,10 @@ def verify(
     if facts is not None:
         result.problems += _files(output, facts, checkpoint)
         result.problems += _structure(output, facts, checkpoint)
+    if (output / GRAPH).exists():
+        from export.onnx.staleness import graph_problems
+
+        result.problems += graph_problems(checkpoint, facts)
     if source is not None and not result.problems:
         assert facts is not None
         result.problems += _source(output, facts, checkpoint, source)

@@ -1,6 +1,7 @@
 """Write, prove and deliver pruned checkpoints. The command line only calls what is here."""
 
 from export.convert import Conversion, convert
+from export.deliver import Export, export
 from export.verify import Verification, verify
 
-__all__ = ["Conversion", "Verification", "convert", "verify"]
+__all__ = ["Conversion", "Export", "Verification", "convert", "export", "verify"]

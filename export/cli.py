@@ -100,6 +100,7 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
 @click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
 @_JSON
 def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Write SOURCE to OUTPUT with sublayers physically removed."""
@@ -156,6 +157,62 @@ def verify(output: str, against: str | None, as_json: bool) -> None:
             click.echo(problem, err=True)
     if not result.ok:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("directory", type=_PATH)
+@click.argument("output", type=_PATH, required=False)
+@click.option("--last-token-logits", is_flag=True, help="Logits of each row's last token only: what a service wants.")
+@click.option("--context", type=int, metavar="N", help="Tokens of context.  [default: the model's own]")
+@click.option("--accept-changes", is_flag=True, help="Shards were changed since the last export, and that was meant.")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Convert the weights; only into an OUTPUT."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file there.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
+@_JSON
+def export(directory: str, output: str | None, as_json: bool, **options: Any) -> None:
+    """Write model.onnx and genai_config.json: in place, or for any Llama into OUTPUT."""
+    from export.deliver import export
+
+    with _progress("writing") as progress:
+        result = export(directory, output, progress=progress, **options)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    packed = "" if result.packed == result.attention else f", {result.attention - result.packed} with q, k, v apart"
+    _print(
+        _escape(
+            f"{result.path}: model.onnx ({_bytes(result.graph_bytes)} over the .safetensors bytes) and "
+            f"genai_config.json, {result.attention} attentions{packed}, context {result.context}"
+        ),
+        *(_escape(f"note: {note}") for note in result.notes),
+        _escape(f'next: prune-attn generate {shlex.quote(str(result.path))} --prompt "Once upon a time"'),
+    )
+
+
+@cli.command()
+@click.argument("directory", type=_PATH)
+@click.option("--prompt", required=True, help="What to go on from.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most.")
+@click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@_JSON
+def generate(directory: str, as_json: bool, **options: Any) -> None:
+    """Go on from a prompt, greedily, and say how long it took."""
+    from export.generate import generate
+
+    result = generate(directory, write=None if as_json else lambda text: click.echo(text, nl=False), **options)
+    if as_json:
+        _print_json(vars(result))
+        return
+    click.echo()
+    speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
+    click.echo(
+        f"{result.backend} on {result.device}: prefill of {result.prompt_tokens} tokens {result.prefill_ms:.1f} ms"
+        f"{speed} ({len(result.tokens)} new)",
+        err=True,
+    )
 
 
 # -- output ------------------------------------------------------------------------------------------------------------

@@ -13,13 +13,15 @@ from typing import Any
 from export import record
 from export.card import model_card
 from export.companions import companions
+from export.deliver import RUNS_ON, runtime_files
+from export.onnx import GRAPH, GraphOptions
 from export.safetensors import OutputShard, plan_shards, write_file, write_shards
 from export.staging import check_space, check_target, staged
 from export.target import output_config, output_entries
 from export.verify import verify
 from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from pruner.errors import PruneAttnError
-from pruner.llama import Decoder, safetensors_dtype
+from pruner.llama import WEIGHT_DTYPES, Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
 from pruner.plan import PLAN_FILE, PruningPlan, plan_drop, plan_layers, read_plan
 from pruner.summary import totals
@@ -113,6 +115,7 @@ def convert(
     dry_run: bool = False,
     allow_first_layer: bool = False,
     allow_all: bool = False,
+    onnx: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write ``source`` to ``output`` with sublayers physically removed.
@@ -120,7 +123,9 @@ def convert(
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
     (default ``last``), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
     then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
-    ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch.
+    ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch. ``onnx`` writes
+    ``model.onnx`` and ``genai_config.json`` too; a model that they cannot express is converted all the same, without
+    them and with a note that says why.
 
     ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
     is called with (bytes written, bytes in all). Raises ``PruneAttnError`` for bad input, with nothing written, and
@@ -156,14 +161,58 @@ def convert(
         shards={shard.file: shard.size for shard in shards},
         dtype=dtype,
         dry_run=dry_run,
-        notes=_notes(result, config),
+        notes=_notes(result, config) + (_runs_on(checkpoint, dtype) if onnx else []),
     )
     total = sum(conversion.shards.values())
     check_space(output, total)
     if not dry_run:
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
-            _write(directory, checkpoint, chosen, result, config, shards, conversion, progress)
+            options = GraphOptions() if onnx else None
+            _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
     return conversion
+
+
+def lay_out(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    options: GraphOptions,
+    dtype: str | None,
+    max_shard_size: str | int,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Conversion:
+    """``convert`` that drops nothing: the same weights, laid out for ONNX. Raises where no graph can be written."""
+    source, output = Path(source), Path(output)
+    max_bytes = parse_size(str(max_shard_size))
+    target_dtype = None if dtype is None else safetensors_dtype(dtype)
+    checkpoint = open_checkpoint(source)
+    decoder = checkpoint.decoder
+    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
+    shards = plan_shards(output_entries(checkpoint, decoder, target_dtype), max_bytes)
+    if target_dtype is None:
+        runtime_files(checkpoint, None, options)  # what it refuses, it refuses before anything is copied
+    conversion = Conversion(
+        source,
+        output,
+        PruningPlan("mixed", "none", (), ()),
+        before=totals(decoder, checkpoint.tensors),
+        after=totals(decoder, checkpoint.tensors, target_dtype),
+        shards={shard.file: shard.size for shard in shards},
+        dtype=dtype,
+        dry_run=False,
+    )
+    check_space(output, sum(conversion.shards.values()))
+    config = output_config(checkpoint, decoder, target_dtype)
+    with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
+        _write(directory, checkpoint, conversion.plan, decoder, config, shards, conversion, options, progress)
+        if not (directory / GRAPH).exists():
+            raise PruneAttnError(conversion.notes[-1])
+    return conversion
+
+
+def _runs_on(checkpoint: Checkpoint, dtype: str | None) -> list[str]:
+    names = {dtype} if dtype else {WEIGHT_DTYPES[d] for d in checkpoint.dtypes}
+    return [RUNS_ON[name] for name in names if len(names) == 1 and name in RUNS_ON]
 
 
 def _notes(result: Decoder, config: dict[str, Any]) -> list[str]:
@@ -189,6 +238,7 @@ def _write(
     config: dict[str, Any],
     shards: list[OutputShard],
     conversion: Conversion,
+    options: GraphOptions | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     total, done = sum(entry.nbytes for shard in shards for entry in shard.entries), 0
@@ -208,13 +258,30 @@ def _write(
         written.append(write_file(directory / name, file.read_bytes()))
     facts = record.make_record(plan, checkpoint, result, conversion.dtype)
     written.append(write_file(directory / record.CARD, model_card(facts, config, conversion.before, conversion.after)))
-    headers = {shard.path.name: shard.header_sha256 for shard in open_checkpoint(directory).shards}
+    output = open_checkpoint(directory)
+    runtime = [] if options is None else _write_runtime_files(output, facts, options, conversion.notes)
+    headers = {shard.path.name: shard.header_sha256 for shard in output.shards}
     facts["files"] = {
         file.relative_to(directory).as_posix(): record.file_facts(file, headers.get(file.name)) for file in written
     }
+    # ``export`` may write these again, so the graph itself says what it was made over
+    facts["files"] |= {file.name: {} for file in runtime}
     write_file(directory / PLAN_FILE, record.dump(facts))
     problems = verify(directory).problems
     if problems:  # cannot happen with a sound disk; better found here than by whoever loads it
         raise PruneAttnError(f"{conversion.output}: what was written does not verify ({problems[0]}); report this")
     for name in companions(checkpoint.path):
         shutil.copystat(checkpoint.path / name, directory / name)
+
+
+def _write_runtime_files(
+    output: Checkpoint, facts: dict[str, Any], options: GraphOptions, notes: list[str]
+) -> list[Path]:
+    """``model.onnx`` and ``genai_config.json``; none, and a note, for a model that the graph cannot express."""
+    try:
+        files = runtime_files(output, facts, options)
+    except PruneAttnError as error:
+        why = str(error).replace(str(output.path), "the output")
+        notes.append(f"no model.onnx and no genai_config.json were written: {why}")
+        return []
+    return [write_file(output.path / name, data) for name, data in files.items()]

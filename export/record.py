@@ -15,6 +15,8 @@ from pruner.llama import Decoder
 from pruner.plan import FORMAT, PLAN_FILE, PruningPlan, original_counts
 
 CARD = "README.md"
+# A person may edit the card, and export may write these two again; verify holds the graph against the shards instead.
+REWRITABLE = (CARD, "model.onnx", "genai_config.json")
 
 # What this tool, and programs that merely load a directory, put beside the files that the record lists.
 _KNOWN = {PLAN_FILE, CARD, "model.onnx", "genai_config.json", "report", "__pycache__", ".cache"}

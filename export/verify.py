@@ -12,6 +12,7 @@ from typing import Any
 
 from export import record
 from export.companions import companions
+from export.onnx import GRAPH
 from export.safetensors import convert_chunks
 from export.target import output_config, source_names
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
@@ -53,7 +54,8 @@ def verify(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect. No weights are read.
+    """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect, and that
+    ``model.onnx``, where there is one, belongs to these shards. No weights are read.
 
     With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
     ``--dtype`` was used), every dropped one gone, and the same configuration again. ``progress`` is called with (bytes
@@ -76,6 +78,10 @@ def verify(
     if facts is not None:
         result.problems += _structure(output, facts, checkpoint)
         result.problems += _files(output, facts, checkpoint)
+    if (output / GRAPH).exists():
+        from export.onnx.staleness import graph_problems
+
+        result.problems += graph_problems(checkpoint, facts)
     if source is not None and not result.problems:
         assert facts is not None
         result.problems += _source(output, facts, checkpoint, source)
@@ -95,7 +101,7 @@ def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Itera
             yield f"{path}: has {shard.size} bytes, {fact.get('size')} were written; convert again"
         elif shard is not None and shard.header_sha256 != fact.get("header_sha256"):
             yield f"{path}: its header is not the one that was written; it was rewritten since, convert again"
-        elif shard is None and name != record.CARD and _sha256(path) != fact.get("sha256"):
+        elif shard is None and name not in record.REWRITABLE and _sha256(path) != fact.get("sha256"):
             trust = "do not trust it, " if name in dialect.CODE_FILES else ""
             yield f"{path}: is not what was written; {trust}convert again"
     for path in record.strangers(output, facts):
@@ -125,7 +131,8 @@ def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source:
         return
     try:
         plan = read_plan(output / PLAN_FILE, source)
-        left = plan.check(source.decoder, allow_first_layer=True, allow_all=True)
+        nothing = plan.strategy == "none"  # an export of an unpruned model
+        left = source.decoder if nothing else plan.check(source.decoder, allow_first_layer=True, allow_all=True)
     except PruneAttnError as error:
         yield str(error)
         return

@@ -3,6 +3,8 @@
 Written by prune-attn; self-contained, so that transformers (4.57 and later) loads the directory that it lies in.
 """
 
+from pathlib import Path
+
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
@@ -51,6 +53,11 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = PrunedLlamaModel(config)
         self.post_init()
+
+    def save_pretrained(self, save_directory, **kwargs):
+        super().save_pretrained(save_directory, **kwargs)
+        # a graph over the shards that were there before would compute garbage over the new ones
+        Path(save_directory, "model.onnx").unlink(missing_ok=True)
 
 
 __all__ = ["DeciLMForCausalLM", "PrunedLlamaModel"]

@@ -1,0 +1,156 @@
+"""``model.onnx`` and ``genai_config.json`` beside shards that exist, or in an output that is laid out for them."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export import record
+from export.genai import GENAI_CONFIG, genai_config
+from export.onnx import GRAPH, GraphOptions
+from export.safetensors import write_file
+from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.errors import PruneAttnError
+from pruner.llama import WEIGHT_DTYPES
+from pruner.nemotron_nas import dialect
+
+RUNS_ON = {
+    "float32": "float32 runs on the CPU: ONNX Runtime has no CUDA attention kernel for it",
+    "float16": "float16 runs on CUDA, and on the CPU slowly",
+    "bfloat16": "bfloat16 runs on CUDA only, not on the CPU",
+}
+
+_TEMPORARY = re.compile(r"\.(model\.onnx|genai_config\.json)\.prune-attn-new-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export`` wrote. ``packed``: of the attentions, how many have q, k and v in one piece."""
+
+    path: Path
+    dtype: str
+    context: int
+    last_token_logits: bool
+    graph_bytes: int
+    attention: int
+    packed: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def runtime_files(checkpoint: Checkpoint, facts: dict[str, Any] | None, options: GraphOptions) -> dict[str, bytes]:
+    """The two files' bytes by name. ``PruneAttnError`` for what ``build_graph`` refuses; no weights are read."""
+    with _undisturbed():
+        from export.onnx.graph import build_graph, model_context
+
+        graph = build_graph(checkpoint, facts, options).SerializeToString(deterministic=True)
+        return {GRAPH: graph, GENAI_CONFIG: genai_config(checkpoint, model_context(checkpoint, options.context))}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold signals back for the fraction of a second that this takes: onnx's native code crashes when interrupted."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def export(
+    directory: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    context: int | None = None,
+    last_token_logits: bool = False,
+    accept_changes: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Export:
+    """Write ``model.onnx`` and ``genai_config.json`` for a directory.
+
+    In place (no ``output``) for what prune-attn wrote, or what ``save_pretrained`` made of it: each file is replaced in
+    one step and no weights are read. Shards that changed since the last export are refused unless ``accept_changes``.
+    With ``output``, for any Llama: its weights are copied there, laid out so that q|k|v is one piece, under
+    ``convert``'s rules; ``dtype`` converts them. Raises ``PruneAttnError``, or ``MachineError`` where the disk fails.
+    """
+    options = GraphOptions(context, last_token_logits)
+    if output is not None:
+        from export.convert import lay_out
+
+        conversion = lay_out(directory, output, options, dtype, max_shard_size, overwrite, progress)
+        return _describe(open_checkpoint(output), options, conversion.notes)
+    if dtype is not None or overwrite:
+        raise PruneAttnError("--dtype and --overwrite belong to an export into an OUTPUT; name one, or leave them out")
+    checkpoint = open_checkpoint(directory)
+    facts = record.read_record(checkpoint.path)
+    if facts is None and checkpoint.config["model_type"] != dialect.MODEL_TYPE:
+        raise PruneAttnError(
+            f"{checkpoint.path}: was not written by prune-attn and is left alone; "
+            f"name an output: prune-attn export {checkpoint.path} OUTPUT"
+        )
+    for shard in checkpoint.shards:
+        if shard.path.is_symlink():
+            raise PruneAttnError(
+                f"{shard.path}: is a link, and ONNX Runtime refuses a model.onnx that lies elsewhere than the real "
+                f"files; name an output: prune-attn export {checkpoint.path} OUTPUT"
+            )
+    if os.path.lexists(checkpoint.path / GRAPH) and not accept_changes:
+        from export.onnx.staleness import check_fresh
+
+        check_fresh(checkpoint)
+    _replace(checkpoint.path, runtime_files(checkpoint, facts, options))
+    return _describe(checkpoint, options, [])
+
+
+def _replace(directory: Path, files: dict[str, bytes]) -> None:
+    """Each file whole or as it was: written beside its place, then renamed."""
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name):  # a killed run's
+            path.unlink(missing_ok=True)
+    temporary = {name: directory / f".{name}.prune-attn-new-{secrets.token_hex(6)}" for name in files}
+    try:
+        for name, data in files.items():
+            write_file(temporary[name], data)
+        for name, path in temporary.items():
+            os.replace(path, directory / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _describe(checkpoint: Checkpoint, options: GraphOptions, notes: list[str]) -> Export:
+    from export.onnx.staleness import graph_options, read_graph
+
+    graph = read_graph(checkpoint.path / GRAPH)
+    names = [proto.name for proto in graph.graph.initializer]
+    dtype = WEIGHT_DTYPES[checkpoint.dtypes[0]]
+    attention = len(checkpoint.decoder.present("attention"))
+    own = [RUNS_ON[dtype]]
+    if not attention:
+        own.append("no attention is left, hence no KV cache: onnxruntime-genai cannot run this; ONNX Runtime can")
+    return Export(
+        checkpoint.path,
+        dtype,
+        graph_options(graph).context or 0,
+        options.last_token_logits,
+        (checkpoint.path / GRAPH).stat().st_size,
+        attention,
+        sum(name.endswith("qkv_proj.weight") for name in names),
+        [*notes, *(note for note in own if note not in notes)],
+    )

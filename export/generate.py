@@ -1,0 +1,101 @@
+"""Greedy text from a directory, by ONNX Runtime or PyTorch, with its times."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pruner
+from pruner.errors import PruneAttnError
+from pruner.model import LanguageModel, TorchLanguageModel
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``text`` is what was added; ``tokens_per_second`` counts decode steps alone (``None``: there was none)."""
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    backend: str
+    device: str
+    prefill_ms: float
+    tokens_per_second: float | None
+
+
+def generate(
+    directory: str | os.PathLike[str],
+    prompt: str,
+    *,
+    new_tokens: int = 64,
+    backend: str = "onnx",
+    device: str = "auto",
+    write: Callable[[str], None] | None = None,
+) -> Generated:
+    """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.
+
+    The prompt is taken as it is, with the tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
+    """
+    model, took = _open(directory, backend, device)
+    tokenizer, ends = _tokenizer(directory)
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise PruneAttnError("the prompt is empty and the tokenizer adds nothing; give some text")
+    if len(ids) >= model.max_length:
+        raise PruneAttnError(f"the prompt has {len(ids)} tokens and the context {model.max_length}; give a shorter one")
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    shown, out = "", []
+    started = time.perf_counter()
+    logits = model.prefill([ids])
+    prefilled = last = time.perf_counter()
+    for _ in range(min(new_tokens, model.max_length - len(ids))):
+        if out:
+            logits = model.decode(out[-1:])
+        last = time.perf_counter()
+        out.append(int(logits[0].argmax()))
+        if out[-1] in ends:
+            break
+        text = tokenizer.decode(ids + out, skip_special_tokens=True)[len(before) :]
+        if write and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
+            write(text[len(shown) :])
+            shown = text
+    text = tokenizer.decode(ids + out, skip_special_tokens=True)[len(before) :]
+    if write:
+        write(text[len(shown) :])
+    speed = (len(out) - 1) / (last - prefilled) if len(out) > 1 else None
+    return Generated(text, out, len(ids), backend, took, 1000 * (prefilled - started), speed)
+
+
+def _open(directory: str | os.PathLike[str], backend: str, device: str) -> tuple[LanguageModel, str]:
+    if backend == "onnx":
+        from export.onnx.session import OnnxSession
+
+        session = OnnxSession(directory, device=device)
+        return session, session.device
+    if backend != "torch":
+        raise PruneAttnError(f"unknown backend {backend!r}; choose onnx or torch")
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchLanguageModel(directory, device=device), device
+
+
+def _tokenizer(directory: str | os.PathLike[str]):  # the tokenizer, and the ids that end a text
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from export.genai import generation_value
+
+    logging.disable_progress_bar()
+    pruner.register()
+    path = Path(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise PruneAttnError(f"{path}: has no tokenizer ({' '.join(str(error).split())[:120]})") from None
+    eos = generation_value(pruner.open_checkpoint(path), "eos_token_id", tokenizer.eos_token_id)
+    return tokenizer, set(eos if isinstance(eos, list) else [eos])

@@ -1,0 +1,286 @@
+"""``OnnxSession``: ``model.onnx`` as a ``LanguageModel`` in ONNX Runtime, honest about the device it runs on.
+
+Everything is bound (IO binding): one KV buffer for the whole context stands for past and present at once, so that
+nothing is copied a step, and on CUDA the decode step is one captured graph. That needs a mask of fixed length, of
+which the graph reads the sums. Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.onnx import GRAPH
+from export.onnx.staleness import check_fresh, graph_options
+from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.errors import MachineError, PruneAttnError
+from pruner.llama import WEIGHT_DTYPES
+from pruner.model import Logits
+
+_CUDA = "CUDAExecutionProvider"
+_MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is taken only when asked for
+_ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
+
+
+class OnnxSession:
+    """A directory that ``convert`` or ``export`` wrote, run by ONNX Runtime. A ``LanguageModel``.
+
+    ``device``: ``cpu``, ``cuda``, or ``auto``, which takes CUDA where it works; ``.device`` says which it took and
+    ``.why_not_cuda`` why not the other. ``max_length`` (tokens; default the graph's context, at most 4096) is what the
+    KV buffer is allocated for, ``kv_bytes_per_token * batch * max_length`` bytes at the first prefill. Raises
+    ``PruneAttnError`` for a stale graph, for a dtype that the device cannot run, and for CUDA that is asked for and not
+    there (never a silent fall to the CPU).
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        max_length: int | None = None,
+        cuda_graph: bool = True,
+    ) -> None:
+        checkpoint = open_checkpoint(directory)
+        options = graph_options(check_fresh(checkpoint))
+        context = options.context or int(checkpoint.config["max_position_embeddings"])
+        if max_length is not None and not 1 <= max_length <= context:
+            raise PruneAttnError(
+                f"max_length {max_length}: {checkpoint.path / GRAPH} was made for 1 to {context} tokens"
+            )
+        self.decoder = checkpoint.decoder
+        self.vocab_size = checkpoint.decoder.vocab_size
+        self.max_length = max_length or min(context, _MAX_LENGTH)
+        self.last_token_logits = options.last_token_logits
+        self.dtype = WEIGHT_DTYPES[checkpoint.dtypes[0]]
+        self.device, self._session, self.why_not_cuda = _open(checkpoint, self.dtype, device, cuda_graph)
+        self._cuda_graph = cuda_graph and self.device == "cuda"
+        self._slots = len(checkpoint.decoder.present("attention"))
+        self._graph_id = 0
+        self._batch = 0  # rows that the buffers are for
+        self.reset()
+
+    # -- LanguageModel -------------------------------------------------------------------------------------------------
+
+    def logits(self, input_ids: np.ndarray) -> Logits:
+        if self.last_token_logits:
+            raise PruneAttnError(
+                f"this {GRAPH} gives the last token's logits only, which scores no text; "
+                "export it again without --last-token-logits"
+            )
+        ids = self._checked(input_ids)
+        if ids.shape[1] > self.max_length:
+            raise PruneAttnError(f"{ids.shape[1]} tokens do not fit the context of {self.max_length}")
+        # nobody reads this cache later, so one layer's worth serves all of them in turn
+        scratch = (self._buffer(ids.shape), self._buffer(ids.shape)) if self._slots else ()
+        return self._run(ids, np.ones_like(ids), [scratch] * self._slots)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        if self._lengths is not None and len(prompts) != 1:
+            raise PruneAttnError("only a batch of 1 can be prefilled in parts; call reset() first")
+        if self._lengths is not None and len(self._lengths) != 1:
+            raise PruneAttnError(f"the cache holds {len(self._lengths)} rows and 1 was given; call reset() first")
+        new = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        if not len(new) or not new.min():
+            raise PruneAttnError("an empty prompt; give at least one token")
+        past = np.zeros_like(new) if self._lengths is None else self._lengths
+        self._check_room(past + new)
+        self._allocate(len(prompts))
+        width = int(new.max())
+        # right padding: attention wants each row to begin at position 0
+        ids = np.zeros((len(prompts), width), dtype=np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        mask = (np.arange(int(past[0]) + width) < (past + new)[:, None]).astype(np.int64)
+        out = self._run(self._checked(ids), mask, self._cache)
+        self._lengths = past + new
+        self._mask[:] = np.arange(self.max_length) < self._lengths[:, None]
+        return out[:, 0] if self.last_token_logits else out[np.arange(len(new)), new - 1]
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        if self._lengths is None:
+            raise PruneAttnError("nothing to go on from; call prefill() first")
+        if len(tokens) != len(self._lengths):
+            raise PruneAttnError(f"{len(tokens)} tokens were given for the {len(self._lengths)} rows in the cache")
+        ids = self._checked(np.asarray(tokens)[:, None])
+        self._check_room(self._lengths + 1)
+        self._mask[np.arange(len(tokens)), self._lengths] = 1
+        self._ids_value.update_inplace(ids)
+        self._mask_value.update_inplace(self._mask)
+        self._session.run_with_iobinding(self._step, self._run_options(self._graph_id))
+        self._lengths = self._lengths + 1
+        return self._logits_value.numpy()[:, 0].astype(np.float32)
+
+    def reset(self) -> None:
+        self._lengths: np.ndarray | None = None  # tokens in the cache, a row
+
+    # -- the machinery -------------------------------------------------------------------------------------------------
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+            raise PruneAttnError(f"token ids must be whole numbers, (B, T); got {ids.dtype} {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise PruneAttnError(f"token ids must be 0 to {self.vocab_size - 1}; got {ids.min()} to {ids.max()}")
+        return np.ascontiguousarray(ids, dtype=np.int64)
+
+    def _check_room(self, lengths: np.ndarray) -> None:
+        if lengths.max() > self.max_length:
+            raise PruneAttnError(
+                f"the context of {self.max_length} tokens is full ({lengths.max()} wanted); give a shorter prompt"
+            )
+
+    def _value(self, shape: Sequence[int], element_type: Any) -> Any:
+        import onnxruntime
+
+        try:
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, self.device, 0)
+        except Exception as error:  # ONNX Runtime's own classes
+            raise MachineError(
+                f"no memory for {list(shape)} on {self.device} ({_one_line(error)}); lower the batch or max_length"
+            ) from None
+
+    def _buffer(self, shape: Sequence[int]) -> Any:
+        batch, tokens = shape
+        return self._value(
+            (batch, self.decoder.num_kv_heads, tokens, self.decoder.head_dim), _ELEMENT_TYPES[self.dtype]
+        )
+
+    def _allocate(self, batch: int) -> None:
+        """Buffers, and the bound decode step, for this many rows; kept while the batch stays the same."""
+        if self._batch == batch:
+            return
+        self._batch, self._step, self._cache = 0, None, []  # given back before new ones are asked for
+        shape = (batch, self.max_length)
+        self._cache = [(self._buffer(shape), self._buffer(shape)) for _ in range(self._slots)]
+        self._mask = np.zeros(shape, dtype=np.int64)
+        self._ids_value, self._mask_value = self._value((batch, 1), np.int64), self._value(shape, np.int64)
+        logits_type = np.float16 if self.dtype == "float16" else np.float32
+        self._logits_value = self._value((batch, 1, self.vocab_size), logits_type)
+        self._step = self._session.io_binding()
+        self._step.bind_ortvalue_input("input_ids", self._ids_value)
+        self._step.bind_ortvalue_input("attention_mask", self._mask_value)
+        self._step.bind_ortvalue_output("logits", self._logits_value)
+        self._bind_cache(self._step, self._cache)
+        self._graph_id += 1  # a captured graph holds addresses, so new buffers need a new one
+        self._batch = batch
+
+    def _bind_cache(self, binding: Any, cache: Sequence[tuple[Any, ...]]) -> None:
+        for slot, pair in enumerate(cache):
+            for name, value in zip(("key", "value"), pair, strict=True):
+                binding.bind_ortvalue_input(f"past_key_values.{slot}.{name}", value)
+                binding.bind_ortvalue_output(f"present.{slot}.{name}", value)
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray, cache: Sequence[tuple[Any, ...]]) -> Logits:
+        """One call outside of any CUDA graph; logits on the host."""
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_output("logits", "cpu")
+        self._bind_cache(binding, cache)
+        try:
+            self._session.run_with_iobinding(binding, self._run_options(-1))
+        except Exception as error:
+            if "llocat" in str(error):
+                raise MachineError(
+                    f"{self.device} has no memory for {list(ids.shape)} tokens ({_one_line(error)}); "
+                    "give fewer at a time, or export with --last-token-logits"
+                ) from None
+            raise
+        return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+
+    def _run_options(self, graph_id: int) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        if self._cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options
+
+
+def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> tuple[str, Any, str | None]:
+    """(device, session, why it is not CUDA)."""
+    path = checkpoint.path / GRAPH
+    if device not in ("auto", "cpu", "cuda"):
+        raise PruneAttnError(f"unknown device {device!r}; choose auto, cpu or cuda")
+    reason: str | None = None
+    if device != "cpu":
+        try:
+            if dtype == "float32":
+                raise PruneAttnError(
+                    f"{path}: float32 has no CUDA attention kernel in ONNX Runtime; convert with --dtype float16, "
+                    "or use --device cpu"
+                )
+            return "cuda", _cuda_session(path, cuda_graph), None
+        except PruneAttnError as error:
+            if device == "cuda":
+                raise
+            reason = str(error)
+    if dtype == "bfloat16":
+        raise PruneAttnError(
+            f"{path}: bfloat16 does not run on the CPU in ONNX Runtime; convert with --dtype float32"
+            + (f" (CUDA was not taken: {reason})" if reason else ", or use --device cuda")
+        )
+    return "cpu", _session(path, ["CPUExecutionProvider"]), reason
+
+
+def _session(path: Path, providers: list[Any]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails, fails with an exception or is checked for below
+    return onnxruntime.InferenceSession(path, options, providers=providers)
+
+
+def _cuda_session(path: Path, cuda_graph: bool) -> Any:
+    import onnxruntime
+
+    if _CUDA not in onnxruntime.get_available_providers():
+        raise PruneAttnError(
+            "this onnxruntime was built without CUDA; pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()  # finds CUDA and cuDNN that pip installed
+    _check_cuda(Path(onnxruntime.__file__).parent / "capi")
+    provider = (_CUDA, {"device_id": 0, "enable_cuda_graph": str(int(cuda_graph))})
+    try:
+        session = _session(path, [provider])
+    except Exception as error:
+        if "llocat" in str(error):
+            raise MachineError(f"{path}: the GPU's memory is too small ({_one_line(error)})") from None
+        raise PruneAttnError(f"{path}: CUDA was asked for and failed ({_one_line(error)})") from None
+    if _CUDA not in session.get_providers():
+        raise PruneAttnError("ONNX Runtime fell back to the CPU though CUDA was asked for; check nvidia-smi")
+    return session
+
+
+def _check_cuda(capi: Path) -> None:
+    """Raise ``PruneAttnError`` that names what CUDA lacks here: driver, GPU or library."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise PruneAttnError(
+            "there is no NVIDIA driver here (libcuda.so.1 is missing); install it, or use --device cpu"
+        ) from None
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        raise PruneAttnError("the NVIDIA driver finds no GPU here; check nvidia-smi, or use --device cpu")
+    try:
+        ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(capi / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        library = str(error).split(":")[0]
+        raise PruneAttnError(
+            f"ONNX Runtime's CUDA provider cannot be loaded, {library} is missing; "
+            'pip install "onnxruntime-gpu[cuda,cudnn]"'
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,428 @@
+"""model.onnx over the .safetensors bytes, against PyTorch with the same sublayers switched off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export import convert, export, verify
+from export.onnx import GRAPH
+from export.onnx.session import OnnxSession
+from pruner import PruneAttnError, open_checkpoint
+from pruner.model import TorchLanguageModel
+
+MODEL = Path(__file__).parent / "data" / "gutenberg-llama-5m"
+DROPPED = (3, 7, 11)
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
+LIMIT = 1e-4
+
+
+def random_llama(directory: Path, dtype: str = "float32", shard: str = "5GB", **fields) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **fields})).to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def difference(session, oracle, prompts, steps: int = 8) -> float:
+    """Largest logit difference over a prefill of these prompts and decode steps with the cache."""
+    session.reset(), oracle.reset()
+    ours, theirs = session.prefill(prompts), oracle.prefill(prompts)
+    worst = np.abs(ours - theirs).max()
+    for _ in range(steps):
+        tokens = theirs.argmax(-1)
+        ours, theirs = session.decode(tokens), oracle.decode(tokens)
+        worst = max(worst, np.abs(ours - theirs).max())
+    return float(worst)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("onnx") / "pruned"
+    convert(MODEL, output, layers=",".join(map(str, DROPPED)), dtype="float32")
+    return output
+
+
+@pytest.fixture(scope="module")
+def oracle() -> TorchLanguageModel:
+    model = TorchLanguageModel(MODEL, dtype="float32")
+    model.switch_off(DROPPED)
+    return model
+
+
+@pytest.fixture(scope="module")
+def session(pruned) -> OnnxSession:
+    return OnnxSession(pruned, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL)(TEXT)["input_ids"]
+
+
+@pytest.fixture
+def copy(pruned, tmp_path) -> Path:
+    return Path(shutil.copytree(pruned, tmp_path / "copy"))
+
+
+# -- right -------------------------------------------------------------------------------------------------------------
+
+
+def test_logits_prefill_and_64_steps(session, oracle, ids):
+    batch = np.array([ids, ids[::-1]])
+    assert np.abs(session.logits(batch) - oracle.logits(batch)).max() < LIMIT
+    assert difference(session, oracle, [ids], steps=64) < LIMIT
+
+
+def test_batch_of_unequal_prompts(session, oracle, ids):
+    assert difference(session, oracle, [ids, ids[:3], ids[4:11]], steps=64) < LIMIT
+
+
+def test_prefill_in_parts(session, oracle, ids):
+    session.reset(), oracle.reset()
+    session.prefill([ids[:5]]), session.prefill([ids[5:6]])
+    assert np.abs(session.prefill([ids[6:]]) - oracle.prefill([ids])).max() < LIMIT
+    assert np.abs(session.decode([7]) - oracle.decode([7])).max() < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({}, {"layers": "1"}),
+        ({}, {"layers": "0", "allow_first_layer": True}),
+        ({}, {"layers": "3"}),
+        ({}, {"layers": "0-3", "allow_all": True}),
+        ({}, {"layers": "1,2", "sublayer": "mlp"}),
+        ({}, {"layers": "1", "max_shard_size": "100KB"}),
+        ({"num_hidden_layers": 1}, {"layers": "0", "allow_all": True}),
+        ({"tie_word_embeddings": True}, {"layers": "1"}),
+        ({"attention_bias": True, "mlp_bias": True}, {"layers": "1"}),
+        ({"head_dim": 64}, {"layers": "1"}),
+        ({"head_dim": 80}, {"layers": "1"}),
+        ({"head_dim": 128, "num_key_value_heads": 4}, {"layers": "1"}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, {"layers": "1"}),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, {"layers": "1"}),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+                }
+            },
+            {"layers": "1"},
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64,
+                }
+            },
+            {"layers": "1"},
+        ),
+    ],
+)  # fmt: skip
+def test_shapes(tmp_path, fields, options):
+    source = random_llama(tmp_path / "source", **fields)
+    convert(source, tmp_path / "out", **options)
+    onnx.checker.check_model(tmp_path / "out" / GRAPH)
+    oracle = TorchLanguageModel(source)
+    layers = open_checkpoint(tmp_path / "out").decoder
+    oracle.switch_off(
+        set(range(layers.num_layers)) - set(layers.present("attention")),
+        set(range(layers.num_layers)) - set(layers.present("mlp")),
+    )
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 64, n).tolist() for n in (150, 40)]
+    assert difference(OnnxSession(tmp_path / "out"), oracle, prompts) < LIMIT
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_from_its_own_bytes(tmp_path, dtype, ids):
+    convert(MODEL, tmp_path / "out", layers="3,7,11", dtype=dtype)
+    onnx.checker.check_model(tmp_path / "out" / GRAPH)
+    if dtype == "bfloat16":
+        with pytest.raises(PruneAttnError, match="bfloat16 does not run on the CPU"):
+            OnnxSession(tmp_path / "out", device="cpu")
+        return
+    reference = TorchLanguageModel(MODEL, dtype="float32")
+    reference.switch_off(DROPPED)
+    expected = reference.logits(np.array([ids]))
+    error = OnnxSession(tmp_path / "out", device="cpu").logits(np.array([ids])) - expected
+    assert np.linalg.norm(error) / np.linalg.norm(expected) < 1e-2
+
+
+def test_last_token_logits(copy, oracle, ids):
+    export(copy, last_token_logits=True)
+    session = OnnxSession(copy)
+    assert difference(session, oracle, [ids, ids[:3]]) < LIMIT
+    with pytest.raises(PruneAttnError, match="scores no text"):
+        session.logits(np.array([ids]))
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_holds_no_weights_and_says_what_it_is(pruned):
+    path = pruned / GRAPH
+    onnx.checker.check_model(path)
+    model = onnx.load_model(path, load_external_data=False)
+    assert path.stat().st_size < 100_000
+    assert "model.layers.4.self_attn.o_proj" in {node.name for node in model.graph.node}
+    properties = {prop.key: prop.value for prop in model.metadata_props}
+    shard = open_checkpoint(pruned).shards[0]
+    assert json.loads(properties["prune_attn.shards"])[shard.path.name]["header_sha256"] == shard.header_sha256
+    assert json.loads(properties["prune_attn.plan"])["attention"] == list(DROPPED)
+
+
+def test_a_long_context_takes_no_room(tmp_path):
+    source = random_llama(tmp_path / "source", max_position_embeddings=131072)
+    convert(source, tmp_path / "out", layers="1")
+    assert (tmp_path / "out" / GRAPH).stat().st_size < 100_000
+
+
+def test_export_into_an_output(tmp_path, ids):
+    with pytest.raises(PruneAttnError, match="name an output"):
+        export(MODEL)
+    result = export(MODEL, tmp_path / "out", dtype="float32", context=512)
+    assert (result.packed, result.attention, result.context) == (12, 12, 512)
+    assert verify(tmp_path / "out", MODEL).ok
+    session = OnnxSession(tmp_path / "out")
+    assert session.max_length == 512
+    assert difference(session, TorchLanguageModel(MODEL, dtype="float32"), [ids]) < LIMIT
+
+
+def test_after_save_pretrained(copy, tmp_path, oracle, ids):
+    from transformers import AutoModelForCausalLM
+
+    import pruner
+
+    pruner.register()
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    model.save_pretrained(tmp_path / "saved")
+    result = export(tmp_path / "saved")
+    assert result.packed == 0
+    assert difference(OnnxSession(tmp_path / "saved"), oracle, [ids]) < LIMIT
+    model.save_pretrained(copy)  # over the shards that a graph lies beside
+    assert not (copy / GRAPH).exists()
+
+
+def test_convert_without_torch(tmp_path):
+    code = (
+        "import sys; from export import convert; convert(sys.argv[1], sys.argv[2], drop=4);"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, MODEL, tmp_path / "out"], check=True)
+    assert (tmp_path / "out" / GRAPH).exists()
+    convert(MODEL, tmp_path / "plain", drop=4, onnx=False)
+    assert not (tmp_path / "plain" / GRAPH).exists()
+
+
+def test_mixed_dtypes(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = random_llama(tmp_path / "source", dtype="float16")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PruneAttnError, match="--dtype float16"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = convert(source, tmp_path / "out", layers="1")
+    assert any("no model.onnx" in note for note in result.notes)
+    assert not (tmp_path / "out" / GRAPH).exists()
+    assert export(source, tmp_path / "mended", dtype="float16").packed == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"head_dim": 24}, "multiple of 16"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64, "factor": 4.0,
+                }
+            },
+            "'longrope'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path, fields, message):
+    with pytest.raises(PruneAttnError, match=message):
+        export(random_llama(tmp_path / "source", **fields), tmp_path / "out")
+
+
+# -- stale -------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    save_file(load_file(path), path, {"format": "pt", "rewritten": "yes"})
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+@pytest.mark.parametrize("damage", [rewrite, truncate])
+def test_a_changed_shard_is_caught(copy, damage):
+    damage(copy)
+    for use in (OnnxSession, export):
+        with pytest.raises(PruneAttnError, match=r"model\.safetensors"):
+            use(copy)
+    assert any("model.safetensors" in problem for problem in verify(copy).problems)
+
+
+def test_a_change_that_was_meant(copy, oracle, ids):
+    rewrite(copy)
+    export(copy, accept_changes=True)
+    assert difference(OnnxSession(copy), oracle, [ids]) < LIMIT
+
+
+def test_a_tampered_graph_is_caught(copy):
+    model = onnx.load_model(copy / GRAPH, load_external_data=False)
+    next(i for i in model.graph.initializer if i.external_data).external_data[1].value = "8192"
+    (copy / GRAPH).write_bytes(model.SerializeToString())
+    assert any("is not what prune-attn writes" in problem for problem in verify(copy).problems)
+    (copy / GRAPH).write_bytes(b"\x00garbage")
+    assert any(GRAPH in problem for problem in verify(copy).problems)
+    with pytest.raises(PruneAttnError, match=GRAPH):
+        OnnxSession(copy)
+
+
+# -- the session -------------------------------------------------------------------------------------------------------
+
+
+def test_hub_cache_links(pruned, tmp_path, session, ids):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0"
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted(pruned.iterdir())):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    batch = np.array([ids])
+    assert np.array_equal(OnnxSession(snapshot).logits(batch), session.logits(batch))
+    with pytest.raises(PruneAttnError, match="is a link"):
+        export(snapshot)
+
+
+def test_errors(session, pruned, ids):
+    session.reset()
+    with pytest.raises(PruneAttnError, match="prefill"):
+        session.decode([1])
+    session.prefill([ids, ids])
+    for call, message in (
+        (lambda: session.decode([1]), "1 tokens were given for the 2 rows"),
+        (lambda: session.prefill([ids, ids]), "batch of 1"),
+        (lambda: session.decode([1, 4096]), "0 to 4095"),
+        (lambda: session.logits(np.array([[0.5]])), "whole numbers"),
+        (lambda: session.logits(np.zeros((1, 2000), int)), "do not fit"),
+        (lambda: OnnxSession(pruned, device="cuda"), "float32 has no CUDA attention kernel"),
+        (lambda: OnnxSession(pruned, max_length=5000), "1 to 1024"),
+    ):
+        with pytest.raises(PruneAttnError, match=message):
+            call()
+    short = OnnxSession(pruned, max_length=8)
+    short.prefill([ids[:8]])
+    with pytest.raises(PruneAttnError, match="context of 8 tokens is full"):
+        short.decode([1])
+
+
+def test_cuda_is_not_taken_for_granted(tmp_path):
+    convert(MODEL, tmp_path / "out", drop=4)
+    session = OnnxSession(tmp_path / "out")
+    if session.device == "cuda":
+        return
+    with pytest.raises(PruneAttnError, match=r"driver|built without CUDA|is missing"):
+        OnnxSession(tmp_path / "out", device="cuda")
+    assert session.why_not_cuda
+
+
+# -- onnxruntime-genai -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last_token_logits", [False, True])
+def test_genai_gives_the_same_greedy_tokens(copy, oracle, ids, last_token_logits):
+    genai = pytest.importorskip("onnxruntime_genai")
+    export(copy, last_token_logits=last_token_logits)
+    assert json.loads((copy / "genai_config.json").read_bytes())["search"]["max_length"] == 1024
+    model = genai.Model(str(copy))
+    tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+    assert tokenizer.encode(TEXT).tolist() == ids
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 32, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    oracle.reset()
+    tokens, logits = list(ids), oracle.prefill([ids])
+    while len(tokens) < len(ids) + 32 and tokens[-1] != 2:
+        tokens.append(int(logits.argmax()))
+        logits = oracle.decode(tokens[-1:])
+    assert list(generator.get_sequence(0)) == tokens
+
+
+# -- docs/onnx.md ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "genai", "session"])
+def test_the_ways_into_a_service(name, pruned, oracle, ids):
+    if name == "genai":
+        pytest.importorskip("onnxruntime_genai")
+    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
+    snippet = page.split(f"<!-- test: {name} -->\n```python\n")[1].split("```")[0]
+    names = {"PRUNED": str(pruned), "PROMPT": TEXT, "prompt_ids": ids}
+    exec(snippet, names)
+    oracle.reset()
+    tokens, logits = list(ids), oracle.prefill([ids])
+    for _ in range(32):
+        tokens.append(int(logits.argmax()))
+        logits = oracle.decode(tokens[-1:])
+    assert list(map(int, names["tokens"])) == tokens
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_commands(copy, ids):
+    def run(*words):
+        command = [sys.executable, "-m", "export.cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    done = run("export", copy, "--context", "256", "--json")
+    assert json.loads(done.stdout)["context"] == 256, done.stderr
+    words = ("generate", copy, "--prompt", TEXT, "--new-tokens", "12", "--device", "cpu")
+    ours, theirs = (json.loads(run(*words, "--backend", b, "--json").stdout) for b in ("onnx", "torch"))
+    assert ours["text"] == theirs["text"]
+    assert "tokens/s" in run(*words).stderr
+    rewrite(copy)
+    done = run("export", copy)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "model.safetensors: has 20" in done.stderr

@@ -6,11 +6,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import pruner
+from export.genai import generation_value
+from pruner.checkpoint import open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.model import LanguageModel, TorchLanguageModel
+from pruner.text import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ def generate(
     The prompt is taken as it is, with the tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
     """
     model, took = _open(directory, backend, device)
-    tokenizer, ends = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
+    eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_token_id)
+    ends = set(eos if isinstance(eos, list) else [eos])
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise PruneAttnError("the prompt is empty and the tokenizer adds nothing; give some text")
@@ -82,20 +85,3 @@ def _open(directory: str | os.PathLike[str], backend: str, device: str) -> tuple
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchLanguageModel(directory, device=device), device
-
-
-def _tokenizer(directory: str | os.PathLike[str]):  # the tokenizer, and the ids that end a text
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    from export.genai import generation_value
-
-    logging.disable_progress_bar()
-    pruner.register()
-    path = Path(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise PruneAttnError(f"{path}: has no tokenizer ({' '.join(str(error).split())[:120]})") from None
-    eos = generation_value(pruner.open_checkpoint(path), "eos_token_id", tokenizer.eos_token_id)
-    return tokenizer, set(eos if isinstance(eos, list) else [eos])

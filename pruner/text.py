@@ -1,0 +1,61 @@
+"""Text files, and the tokenizer of a checkpoint directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pruner.errors import PruneAttnError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as token ids, int64 (N,), with no special token added; ``sha256`` and ``bytes`` are the file's."""
+
+    path: Path
+    sha256: str
+    bytes: int
+    ids: np.ndarray
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The directory's tokenizer. Raises ``PruneAttnError`` where it has none that works."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    import pruner
+
+    logging.disable_progress_bar()
+    pruner.register()
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
+
+
+def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Read and tokenize a UTF-8 text file. Raises ``PruneAttnError`` for one that is missing, empty or not text."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except FileNotFoundError:
+        raise PruneAttnError(f"{path}: no such text file") from None
+    except IsADirectoryError:
+        raise PruneAttnError(f"{path}: is a directory; give a text file") from None
+    except UnicodeDecodeError as error:
+        raise PruneAttnError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise PruneAttnError(f"{path}: is empty; give a text file with something in it")
+    # verbose=False: that a book is longer than the context is no news
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return Text(path, hashlib.sha256(data).hexdigest(), len(data), ids)

@@ -60,8 +60,11 @@ class TorchLanguageModel:
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         import pruner
+
+        logging.disable_progress_bar()
 
         checkpoint = open_checkpoint(directory)
         if device.startswith("cuda") and not torch.cuda.is_available():

@@ -2,8 +2,9 @@
 
 Operators: ONNX opset 23 and com.microsoft (onnxruntime's ``docs/ContribOperators.md``). Inputs and outputs are those of
 onnxruntime-genai: ``input_ids`` (B, T) and ``attention_mask`` (B, past + T), both int64 and padded on the right,
-``past_key_values.{j}.key|value`` and ``present.{j}.key|value`` (B, KV heads, tokens, head size), ``logits`` (B, T, V);
-j counts kept attentions from 0. The graph is built as protobufs, since importing onnx-ir alone takes 0.6 s.
+``past_key_values.{j}.key|value`` and ``present.{j}.key|value`` (B, KV heads, tokens, head size), ``logits``
+(B, T, V) float32; j counts kept attentions from 0. The graph is built as protobufs, since importing onnx-ir alone takes
+0.6 s.
 """
 
 from __future__ import annotations
@@ -193,8 +194,10 @@ class _Builder:
 
         min(seqlens_k, T - 1): the first prefill's rows end at ``seqlens_k``; later calls have one row or one column.
         """
-        shape = self.node("Shape", ["input_ids"], "ids.shape")
-        width = self.node("Gather", [shape, self.constant("one", np.array(1))], "ids.width", axis=0)
+        # counted on the device: a Shape lives on the host, and the copy from there would forbid a CUDA graph
+        tokens = self.node("Equal", ["input_ids", "input_ids"], "ids.tokens")
+        tokens = self.node("Cast", [tokens], "ids.ones", to=TensorProto.INT64)
+        width = self.node("ReduceSum", [tokens, self.constant("axis_1", np.array([1]))], "ids.width", keepdims=0)
         end = self.node("Sub", [width, self.constant("one", np.array(1))], "ids.end")
         index = self.node("Min", ["mask.last", end], "last_token.index")
         index = self.node("Unsqueeze", [index, self.constant("axis_1", np.array([1]))], "last_token.column")
@@ -222,7 +225,7 @@ class _Builder:
             x = self.last_tokens(x)
         tied = d.tied and "lm_head.weight" not in self.checkpoint.tensors
         head = self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-        wide = self.element == TensorProto.BFLOAT16  # few programs can read bfloat16
+        wide = self.element != TensorProto.FLOAT  # widened on the device: hosts do it slowly, or cannot (bfloat16)
         logits = self.node(f"{_MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)
         if wide:
             self.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
@@ -241,7 +244,7 @@ class _Builder:
             *cache("past_key_values", "past_sequence_length"),
         ]
         outputs = [
-            info("logits", TensorProto.FLOAT if wide else self.element, ["batch_size", time, d.vocab_size]),
+            info("logits", TensorProto.FLOAT, ["batch_size", time, d.vocab_size]),
             *cache("present", "total_sequence_length"),
         ]
         graph = helper.make_graph(self.nodes, "llama", inputs, outputs, list(self.initializers.values()))

@@ -115,7 +115,7 @@ class OnnxSession:
         self._mask_value.update_inplace(self._mask)
         self._session.run_with_iobinding(self._step, self._run_options(self._graph_id))
         self._lengths = self._lengths + 1
-        return self._logits_value.numpy()[:, 0].astype(np.float32)
+        return self._logits_value.numpy()[:, 0]
 
     def reset(self) -> None:
         self._lengths: np.ndarray | None = None  # tokens in the cache, a row
@@ -161,8 +161,7 @@ class OnnxSession:
         self._cache = [(self._buffer(shape), self._buffer(shape)) for _ in range(self._slots)]
         self._mask = np.zeros(shape, dtype=np.int64)
         self._ids_value, self._mask_value = self._value((batch, 1), np.int64), self._value(shape, np.int64)
-        logits_type = np.float16 if self.dtype == "float16" else np.float32
-        self._logits_value = self._value((batch, 1, self.vocab_size), logits_type)
+        self._logits_value = self._value((batch, 1, self.vocab_size), np.float32)
         self._step = self._session.io_binding()
         self._step.bind_ortvalue_input("input_ids", self._ids_value)
         self._step.bind_ortvalue_input("attention_mask", self._mask_value)
@@ -193,7 +192,7 @@ class OnnxSession:
                     "give fewer at a time, or export with --last-token-logits"
                 ) from None
             raise
-        return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+        return binding.get_outputs()[0].numpy()
 
     def _run_options(self, graph_id: int) -> Any:
         import onnxruntime
@@ -249,12 +248,15 @@ def _cuda_session(path: Path, cuda_graph: bool) -> Any:
         onnxruntime.preload_dlls()  # finds CUDA and cuDNN that pip installed
     _check_cuda(Path(onnxruntime.__file__).parent / "capi")
     provider = (_CUDA, {"device_id": 0, "enable_cuda_graph": str(int(cuda_graph))})
+    onnxruntime.set_default_logger_severity(3)  # it warns of a plugin that nobody asked for
     try:
         session = _session(path, [provider])
     except Exception as error:
         if "llocat" in str(error):
             raise MachineError(f"{path}: the GPU's memory is too small ({_one_line(error)})") from None
         raise PruneAttnError(f"{path}: CUDA was asked for and failed ({_one_line(error)})") from None
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # its default
     if _CUDA not in session.get_providers():
         raise PruneAttnError("ONNX Runtime fell back to the CPU though CUDA was asked for; check nvidia-smi")
     return session

@@ -1,0 +1,385 @@
+"""Speed and correctness on a CUDA GPU, in one run.
+
+    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without builder,torch]
+
+Speed, on a checkpoint of random fp16 weights (it does not depend on what they are): load, prefill, decode a token with
+and without a CUDA graph, GPU memory, for the original and for the deepest third of its attention removed, beside the
+onnxruntime-genai model builder's graph of the original and transformers. The floor of a decode step is the bytes that
+it must read (every weight but the embedding table, and the KV cache) over the copy bandwidth measured in this run.
+Correctness, on the shipped trained model in fp16 and bf16: logits against PyTorch in fp32 on the CPU.
+Every measurement has a process, and so the GPU, to itself. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+SHIPPED = ROOT / "tests/data/gutenberg-llama-5m"
+CONTEXT = 4096
+
+
+# -- one measurement, in a process of its own --------------------------------------------------------------------------
+
+
+def gpu_bytes() -> int:
+    """Bytes in use on the device; the machine is taken to be idle otherwise."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    import numpy as np
+
+    low, middle, high = np.percentile(times, (10, 50, 90)) * 1e3
+    return {"ms": round(float(middle), 3), "p10": round(float(low), 3), "p90": round(float(high), 3), "n": len(times)}
+
+
+def measure(open_model: Callable[[], Any], prompts: list[int], prefills: int = 5, steps: int = 40) -> dict[str, Any]:
+    """Load, prefill and decode of a ``LanguageModel``, with the KV history that the prefill left."""
+    import numpy as np
+    import torch
+
+    torch.cuda.init()
+    before, start = gpu_bytes(), time.perf_counter()
+    model = open_model()
+    out: dict[str, Any] = {"load_s": round(time.perf_counter() - start, 2), "prefill": {}, "decode": {}}
+    tokens = np.random.default_rng(0).integers(3, model.vocab_size, max(prompts)).tolist()
+    for prompt in prompts:
+        times = []
+        for _ in range(prefills + 1):
+            model.reset()
+            start = time.perf_counter()
+            model.prefill([tokens[:prompt]])
+            times.append(time.perf_counter() - start)
+        out["prefill"][prompt] = spread(times[1:])
+        times = []
+        for token in tokens[: steps + 8]:
+            start = time.perf_counter()
+            model.decode([token])
+            times.append(time.perf_counter() - start)
+        out["decode"][prompt] = spread(times[8:])  # the first ones capture and warm up
+    out["gpu_bytes"] = gpu_bytes() - before
+    return out
+
+
+def run_ours(directory: str, prompts: list[int], cuda_graph: bool) -> dict[str, Any]:
+    from export.onnx.session import OnnxSession
+
+    return measure(lambda: OnnxSession(directory, device="cuda", cuda_graph=cuda_graph), prompts)
+
+
+def run_builder(directory: str, like: str, prompts: list[int], cuda_graph: bool) -> dict[str, Any]:
+    """The builder's graph in our session: the same runtime, binding and buffers; only the graph differs.
+
+    It gets the one node that ours ends with, which makes the logits float32, so that the host need not.
+    """
+    import onnx
+
+    from export.onnx import session as ours
+    from pruner.checkpoint import open_checkpoint
+
+    path = Path(directory, "model.onnx")
+    model = onnx.load(path, load_external_data=False)
+    if model.graph.output[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        for node in model.graph.node:
+            node.output[:] = ["logits.half" if name == "logits" else name for name in node.output]
+        model.graph.node.append(onnx.helper.make_node("Cast", ["logits.half"], ["logits"], to=onnx.TensorProto.FLOAT))
+        model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        onnx.save(model, path)
+
+    class Foreign(ours.OnnxSession):
+        def __init__(self) -> None:
+            self.decoder = open_checkpoint(like).decoder
+            self.vocab_size, self.max_length, self.last_token_logits = self.decoder.vocab_size, CONTEXT, True
+            self.device, self.dtype, self._cuda_graph = "cuda", "float16", cuda_graph
+            self._session = ours._cuda_session(path, cuda_graph)
+            self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
+            self.reset()
+
+    return measure(Foreign, prompts)
+
+
+def run_torch(directory: str, prompts: list[int], compiled: bool) -> dict[str, Any]:
+    """transformers with sdpa: its growing cache, or a static one with the decode step compiled (CUDA graphs)."""
+    import torch
+    from transformers import StaticCache
+
+    from pruner.model import TorchLanguageModel
+
+    class Compiled(TorchLanguageModel):
+        def __init__(self) -> None:
+            super().__init__(directory, device="cuda")
+            self._static = StaticCache(config=self.model.config, max_cache_len=CONTEXT)
+            self._step = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True)
+
+        @torch.no_grad()  # not inference_mode, whose tensors the static cache could not write to
+        def reset(self) -> None:
+            self._at = 0
+            if hasattr(self, "_static"):
+                self._static.reset()
+
+        @torch.no_grad()
+        def _run(self, forward: Callable[..., Any], tokens: Any) -> Any:
+            ids = torch.tensor(tokens, device="cuda")
+            positions = torch.arange(self._at, self._at + ids.shape[1], device="cuda")[None]
+            self._at += ids.shape[1]
+            out = forward(
+                input_ids=ids, position_ids=positions, past_key_values=self._static, use_cache=True, logits_to_keep=1
+            )
+            return out.logits[:, -1].float().cpu().numpy()
+
+        def prefill(self, prompts: Any) -> Any:
+            return self._run(self.model.forward, prompts)
+
+        def decode(self, tokens: Any) -> Any:
+            return self._run(self._step, [[token] for token in tokens])
+
+    return measure(Compiled if compiled else lambda: TorchLanguageModel(directory, device="cuda"), prompts)
+
+
+def run_bandwidth() -> dict[str, Any]:
+    """Bytes read and written a second by a device-to-device copy of 8 GB."""
+    import torch
+
+    source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    rates = []
+    for _ in range(12):
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        rates.append(2 * source.numel() / (start.elapsed_time(end) / 1e3))
+    return {"bytes_per_s": sorted(rates[2:])[len(rates[2:]) // 2], "device": torch.cuda.get_device_name(0)}
+
+
+def run_correct(dtype: str, directory: str) -> dict[str, Any]:
+    """The pruned shipped model on the GPU against the original in fp32 on the CPU with the sublayers switched off.
+
+    The source is fp16, so bfloat16's errors hold the rounding of the weights too.
+    """
+    import numpy as np
+
+    from export.convert import convert
+    from export.onnx.session import OnnxSession
+    from pruner.model import TorchLanguageModel
+    from pruner.text import load_tokenizer
+
+    result = convert(SHIPPED, directory, drop="33%", dtype=dtype)
+    tokens = load_tokenizer(SHIPPED)((ROOT / "README.md").read_text(), verbose=False)["input_ids"]
+    windows = np.array(tokens[:2048]).reshape(8, 256)
+    truth, ours = TorchLanguageModel(SHIPPED, dtype="float32"), OnnxSession(directory, device="cuda")
+    truth.switch_off(result.plan.attention)
+    rows: dict[str, Any] = {}
+
+    def compare(name: str, got: list[np.ndarray], want: list[np.ndarray]) -> None:
+        a, b = np.concatenate(got), np.concatenate(want)
+        rows[name] = {
+            "relative_error": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+            "agreement": float((a.argmax(-1) == b.argmax(-1)).mean()),
+        }
+
+    compare("2,048 tokens", [ours.logits(windows)], [truth.logits(windows)])
+    prompts = [tokens[:200], tokens[300:317], tokens[400:403]]
+    got, want = [ours.prefill(prompts)], [truth.prefill(prompts)]
+    for _ in range(64):
+        following = want[-1].argmax(-1).tolist()
+        got.append(ours.decode(following))
+        want.append(truth.decode(following))
+    compare("prefill of 3 unequal prompts, 64 decode steps", got, want)
+    ours.reset(), truth.reset()
+    got, want = [], []
+    for part in (tokens[:30], tokens[30:31], tokens[31:200]):
+        got.append(ours.prefill([part]))
+        want.append(truth.prefill([part]))
+    compare("prefill in 3 parts", got, want)
+    return rows
+
+
+JOBS = {
+    "ours": run_ours,
+    "builder": run_builder,
+    "torch": run_torch,
+    "bandwidth": run_bandwidth,
+    "correct": run_correct,
+}
+
+
+def job(name: str, **arguments: Any) -> dict[str, Any]:
+    """Run one of JOBS in a new process; its result, or ``{"failed": why}``."""
+    shown = ", ".join(
+        f"{k} {Path(v).name if isinstance(v, str) else v}" for k, v in arguments.items() if k != "prompts"
+    )
+    print(f"{time.strftime('%H:%M:%S')} {name} {shown}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--job", name, json.dumps(arguments)], capture_output=True, text=True, check=False
+    )
+    gc.collect()
+    if done.returncode:
+        lines = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+        print(f"  failed: {lines[-1]}", file=sys.stderr, flush=True)
+        return {"failed": lines[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- the whole run -----------------------------------------------------------------------------------------------------
+
+
+def build_with_genai(source: Path, output: Path, work: Path) -> float:
+    """The onnxruntime-genai builder's fp16 CUDA graph, logits of the last token only as ours; seconds taken."""
+    for file in SHIPPED.glob("tokenizer*"):
+        shutil.copy(file, source)  # it wants one
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(output)]
+    options = ["-p", "fp16", "-e", "cuda", "-c", str(work / "cache"), "--extra_options", "prune_lm_head=true"]
+    start = time.perf_counter()
+    done = subprocess.run(command + options, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the genai builder failed: {done.stderr.strip().splitlines()[-1]}")
+    return time.perf_counter() - start
+
+
+def bench(shape: str, work: Path, prompts: list[int], without: set[str], bandwidth: float) -> dict[str, Any]:
+    import synthetic
+
+    from export.convert import convert
+    from export.deliver import export
+    from pruner.checkpoint import open_checkpoint
+    from pruner.plan import parse_drop
+    from pruner.summary import totals
+
+    source, original, pruned, builder = (work / f"{shape}-{n}" for n in ("source", "original", "pruned", "builder"))
+    rows: list[dict[str, Any]] = []
+
+    def add(model: str, runner: str, measured: dict[str, Any], directory: Path) -> None:
+        checkpoint = open_checkpoint(directory)
+        sizes = totals(checkpoint.decoder, checkpoint.tensors)
+        weights = sizes["bytes"] - checkpoint.tensors["model.embed_tokens.weight"].nbytes
+        floors = {p: 1e3 * (weights + p * sizes["kv_cache_bytes_per_token"]) / bandwidth for p in prompts}
+        rows.append({"shape": shape, "model": model, "runner": runner, "floor_ms": floors, **measured})
+
+    synthetic.make(source, shape)
+    if "torch" not in without:
+        add("original", "transformers", job("torch", directory=str(source), prompts=prompts, compiled=False), source)
+        compiled = job("torch", directory=str(source), prompts=prompts, compiled=True)
+        add("original", "transformers, compiled", compiled, source)
+    if "builder" not in without:
+        seconds = build_with_genai(source, builder, work)
+        for graph in (True, False):
+            measured = job("builder", directory=str(builder), like=str(source), prompts=prompts, cuda_graph=graph)
+            add("original", "genai builder" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, source)
+        shutil.rmtree(builder)
+    start = time.perf_counter()
+    export(source, original, last_token_logits=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(source)
+    count = parse_drop("33%", synthetic.SHAPES[shape][2]) if shape not in COUNTS else COUNTS[shape]
+    convert(original, pruned, drop=count)
+    export(pruned, last_token_logits=True)
+    for graph in (True, False):
+        for model, directory in ((f"{count} dropped", pruned), ("original", original)):
+            measured = job("ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
+            add(model, "ours" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, directory)
+    for directory in (original, pruned):
+        shutil.rmtree(directory, ignore_errors=True)
+    return {"shape": shape, "dropped": count, "rows": rows}
+
+
+COUNTS = {"7b": 10, "13b": 13}  # the paper's 33%, as whole numbers
+
+
+def markdown(results: dict[str, Any]) -> str:
+    prompts = results["prompts"]
+    lines = [
+        f"{results['device']}, copy bandwidth {results['bandwidth'] / 1e12:.2f} TB/s, {results['date']}; "
+        + ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    ]
+    for run in results["shapes"]:
+        lines += ["", f"### {run['shape'].upper()} shape, fp16, batch 1", ""]
+        head = [f"prefill {p}" for p in prompts] + [f"decode at {p}" for p in prompts]
+        lines += ["| | | load s | GPU GB | " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) + 2)]
+        for row in run["rows"]:
+            if "failed" in row:
+                lines.append(f"| {row['model']} | {row['runner']} | failed: {row['failed']} |" + " |" * (len(head) + 1))
+                continue
+            prefill = [f"{row['prefill'][str(p)]['ms']:.1f}" for p in prompts]
+            decode = [
+                f"{row['decode'][str(p)]['ms']:.2f} ({row['decode'][str(p)]['ms'] / row['floor_ms'][p]:.2f})"
+                for p in prompts
+            ]
+            cells = [row["model"], row["runner"], f"{row['load_s']:.1f}", f"{row['gpu_bytes'] / 1e9:.1f}"]
+            lines.append("| " + " | ".join(cells + prefill + decode) + " |")
+    if results["shapes"]:
+        lines += ["", "Milliseconds, medians; in brackets the decode step over its floor."]
+    if results["correct"]:
+        lines += ["", "### Correctness on the GPU, shipped model, attention of the deepest third removed", ""]
+        lines += ["| dtype | | relative error | same most likely token |", "|---|---|---:|---:|"]
+        for dtype, rows in results["correct"].items():
+            for name, row in rows.items() if "failed" not in rows else ():
+                lines.append(f"| {dtype} | {name} | {row['relative_error']:.1e} | {row['agreement']:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--job"]:
+        print(json.dumps(JOBS[sys.argv[2]](**json.loads(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="7b,13b", help="of scripts/synthetic.py; empty: correctness only")
+    parser.add_argument("--prompts", default="512,2048,4000")
+    parser.add_argument("--without", default="", help="builder, torch, correct")
+    parser.add_argument("--work", type=Path, default=Path("out/bench_cuda"), help="where the checkpoints are made")
+    parser.add_argument("--output", type=Path, help="write results.json and results.md here")
+    arguments = parser.parse_args()
+    without = set(filter(None, arguments.without.split(",")))
+    prompts = [int(p) for p in arguments.prompts.split(",")]
+    work = arguments.work / str(os.getpid())
+    work.mkdir(parents=True)
+    try:
+        bandwidth = job("bandwidth")
+        if "failed" in bandwidth:
+            sys.exit("this needs a CUDA GPU and a PyTorch that sees it: " + bandwidth["failed"])
+        from importlib.metadata import PackageNotFoundError, version
+
+        def found(package: str) -> str:
+            try:
+                return version(package)
+            except PackageNotFoundError:
+                return "absent"
+
+        packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
+        results: dict[str, Any] = {
+            "date": date.today().isoformat(), "device": bandwidth["device"], "bandwidth": bandwidth["bytes_per_s"],
+            "versions": {p: found(p) for p in packages}, "prompts": prompts, "correct": {}, "shapes": [],
+        }  # fmt: skip
+        if "correct" not in without:
+            for dtype in ("float16", "bfloat16"):
+                results["correct"][dtype] = job("correct", dtype=dtype, directory=str(work / dtype))
+        for shape in filter(None, arguments.shapes.split(",")):
+            results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"]))
+            if arguments.output:  # after each, since it takes minutes
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                (arguments.output / "results.json").write_text(json.dumps(results, indent=1))
+                (arguments.output / "results.md").write_text(markdown(results))
+        print(markdown(results))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

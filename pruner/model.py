@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -102,7 +103,7 @@ class TorchLanguageModel:
     def logits(self, input_ids: np.ndarray) -> Logits:
         import torch
 
-        with torch.inference_mode():
+        with _inference():
             out = self.model(input_ids=torch.as_tensor(input_ids, device=self.device), use_cache=False)
         return out.logits.float().cpu().numpy()
 
@@ -140,7 +141,7 @@ class TorchLanguageModel:
         if self._mask.shape[1] > self.max_length:
             raise PruneAttnError(f"the context of {self.max_length} tokens is full; give a shorter prompt")
         positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with torch.inference_mode():
+        with _inference():
             out = self.model(
                 input_ids=ids,
                 attention_mask=self._mask,
@@ -150,6 +151,19 @@ class TorchLanguageModel:
                 logits_to_keep=1,
             )
         return out.logits[:, -1].float().cpu().numpy()
+
+
+@contextmanager
+def _inference() -> Iterator[None]:
+    """No gradients, and no cuDNN attention: on Hopper it plans anew for every length, 5 ms a layer and token."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with (
+        torch.inference_mode(),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
+        yield
 
 
 def _Nothing(pair: bool) -> torch.nn.Module:  # noqa: N802, a module class that needs torch to be defined

@@ -212,12 +212,45 @@ def run_correct(dtype: str, directory: str) -> dict[str, Any]:
     return rows
 
 
+def run_genai(dtype: str, directory: str) -> dict[str, Any]:
+    """Greedy tokens of onnxruntime-genai on the GPU beside those of transformers in fp32 on the CPU, same directory."""
+    import onnxruntime
+
+    onnxruntime.preload_dlls()  # genai looks for the same CUDA libraries
+    import onnxruntime_genai as genai
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from export.convert import convert
+
+    convert(SHIPPED, directory, drop="33%", dtype=dtype)
+    config = genai.Config(directory)
+    config.clear_providers()
+    config.append_provider("cuda")
+    model = genai.Model(config)
+    tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+    ids = [int(i) for i in tokenizer.encode("It was a dark and stormy night, and the")]
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 64, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    got = [int(i) for i in generator.get_sequence(0)][len(ids) :]
+    reference = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    want = reference.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=2)[0, len(ids) :]
+    same = [a == b for a, b in zip(got, want.tolist(), strict=False)]
+    return {"device": model.device_type, "tokens": len(want), "same": [*same, False].index(False)}
+
+
 JOBS = {
     "ours": run_ours,
     "builder": run_builder,
     "torch": run_torch,
     "bandwidth": run_bandwidth,
     "correct": run_correct,
+    "genai": run_genai,
 }
 
 
@@ -332,6 +365,10 @@ def markdown(results: dict[str, Any]) -> str:
         for dtype, rows in results["correct"].items():
             for name, row in rows.items() if "failed" not in rows else ():
                 lines.append(f"| {dtype} | {name} | {row['relative_error']:.1e} | {row['agreement']:.2%} |")
+    for dtype, row in results["genai"].items():
+        if "failed" not in row:
+            same = f"the first {row['same']} of {row['tokens']} greedy tokens are those of transformers in fp32"
+            lines += ["", f"onnxruntime-genai on {row['device']}, {dtype}: {same}."]
     return "\n".join(lines) + "\n"
 
 
@@ -365,11 +402,12 @@ def main() -> None:
         packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
         results: dict[str, Any] = {
             "date": date.today().isoformat(), "device": bandwidth["device"], "bandwidth": bandwidth["bytes_per_s"],
-            "versions": {p: found(p) for p in packages}, "prompts": prompts, "correct": {}, "shapes": [],
+            "versions": {p: found(p) for p in packages}, "prompts": prompts, "correct": {}, "genai": {}, "shapes": [],
         }  # fmt: skip
         if "correct" not in without:
             for dtype in ("float16", "bfloat16"):
                 results["correct"][dtype] = job("correct", dtype=dtype, directory=str(work / dtype))
+                results["genai"][dtype] = job("genai", dtype=dtype, directory=str(work / f"{dtype}-genai"))
         for shape in filter(None, arguments.shapes.split(",")):
             results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"]))
             if arguments.output:  # after each, since it takes minutes

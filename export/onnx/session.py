@@ -25,6 +25,9 @@ from pruner.llama import WEIGHT_DTYPES
 from pruner.model import Logits
 
 _CUDA = "CUDAExecutionProvider"
+# What must not be left to the CPU. session.disable_cpu_ep_fallback would refuse the few shape operators too, which
+# ONNX Runtime places there by design.
+_HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "RMSNormalization"}
 _MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is taken only when asked for
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
 
@@ -234,6 +237,7 @@ def _session(path: Path, providers: list[Any]) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails, fails with an exception or is checked for below
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
@@ -259,7 +263,21 @@ def _cuda_session(path: Path, cuda_graph: bool) -> Any:
         onnxruntime.set_default_logger_severity(2)  # its default
     if _CUDA not in session.get_providers():
         raise PruneAttnError("ONNX Runtime fell back to the CPU though CUDA was asked for; check nvidia-smi")
+    strays = _on_cpu(session) & _HEAVY
+    if strays:
+        raise PruneAttnError(
+            f"{path}: ONNX Runtime would run {', '.join(sorted(strays))} on the CPU though CUDA was asked for; "
+            "install another onnxruntime-gpu, or use --device cpu"
+        )
     return session
+
+
+def _on_cpu(session: Any) -> set[str]:
+    """Operators that the session placed on the CPU; empty where this ONNX Runtime (before 1.24) does not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return set()
+    placed = session.get_provider_graph_assignment_info()
+    return {node.op_type for part in placed if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()}
 
 
 def _check_cuda(capi: Path) -> None:

@@ -115,6 +115,20 @@ def test_batch_of_unequal_prompts(session, oracle, ids):
     assert difference(session, oracle, [ids, ids[:3], ids[4:11]], steps=64) < LIMIT
 
 
+@pytest.mark.parametrize("last_token_logits", [False, True])
+def test_prompts_padded_as_on_cuda(copy, oracle, ids, monkeypatch, last_token_logits):
+    monkeypatch.setattr(OnnxSession, "_padded", lambda self, width: min(-(-width // 64) * 64, self.max_length))
+    export(copy, last_token_logits=last_token_logits)
+    session = OnnxSession(copy, max_length=100)  # no multiple of 64
+    assert difference(session, oracle, [ids, ids[:3]], steps=4) < LIMIT
+    assert difference(session, oracle, [(ids * 9)[:90], ids], steps=4) < LIMIT
+    session.reset(), oracle.reset()
+    session.prefill([ids]), oracle.prefill([ids])
+    assert np.abs(session.prefill([ids[1:]]) - oracle.prefill([ids[1:]])).max() < LIMIT
+    if not last_token_logits:
+        assert np.abs(session.logits(np.array([ids])) - oracle.logits(np.array([ids]))).max() < LIMIT
+
+
 def test_prefill_in_parts(session, oracle, ids):
     session.reset(), oracle.reset()
     session.prefill([ids[:5]]), session.prefill([ids[5:6]])

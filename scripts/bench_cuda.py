@@ -1,6 +1,6 @@
 """Speed and correctness on a CUDA GPU, in one run.
 
-    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without builder,torch]
+    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without builder,torch] [--keep]
 
 Speed, on a checkpoint of random fp16 weights (it does not depend on what they are): load, prefill, decode a token with
 and without a CUDA graph, GPU memory, for the original and for the deepest third of its attention removed, beside the
@@ -311,7 +311,9 @@ def build_with_genai(source: Path, output: Path, work: Path) -> float:
     return time.perf_counter() - start
 
 
-def bench(shape: str, work: Path, prompts: list[int], without: set[str], bandwidth: float) -> dict[str, Any]:
+def bench(
+    shape: str, work: Path, prompts: list[int], without: set[str], bandwidth: float, keep: bool
+) -> dict[str, Any]:
     import synthetic
 
     from export.convert import convert
@@ -353,7 +355,7 @@ def bench(shape: str, work: Path, prompts: list[int], without: set[str], bandwid
             measured = job("ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
             add(model, "ours" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, directory)
     lengths = job("lengths", directory=str(original))
-    for directory in (original, pruned):
+    for directory in () if keep else (original, pruned):
         shutil.rmtree(directory, ignore_errors=True)
     return {"shape": shape, "dropped": count, "rows": rows, "lengths": lengths}
 
@@ -409,11 +411,12 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,2048,4000")
     parser.add_argument("--without", default="", help="builder, torch, correct")
     parser.add_argument("--work", type=Path, default=Path("out/bench_cuda"), help="where the checkpoints are made")
+    parser.add_argument("--keep", action="store_true", help="leave the original and the pruned directory in --work")
     parser.add_argument("--output", type=Path, help="write results.json and results.md here")
     arguments = parser.parse_args()
     without = set(filter(None, arguments.without.split(",")))
     prompts = [int(p) for p in arguments.prompts.split(",")]
-    work = arguments.work / str(os.getpid())
+    work = arguments.work if arguments.keep else arguments.work / str(os.getpid())
     work.mkdir(parents=True)
     try:
         bandwidth = job("bandwidth")
@@ -437,14 +440,15 @@ def main() -> None:
                 results["correct"][dtype] = job("correct", dtype=dtype, directory=str(work / dtype))
                 results["genai"][dtype] = job("genai", dtype=dtype, directory=str(work / f"{dtype}-genai"))
         for shape in filter(None, arguments.shapes.split(",")):
-            results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"]))
+            results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"], arguments.keep))
             if arguments.output:  # after each, since it takes minutes
                 arguments.output.mkdir(parents=True, exist_ok=True)
                 (arguments.output / "results.json").write_text(json.dumps(results, indent=1))
                 (arguments.output / "results.md").write_text(markdown(results))
         print(markdown(results))
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not arguments.keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

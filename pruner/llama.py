@@ -16,7 +16,7 @@ from pruner.errors import PruneAttnError
 from pruner.nemotron_nas import dialect
 
 if TYPE_CHECKING:
-    from pruner.checkpoint.header import Shard
+    from pruner.checkpoint.tensor import Shard
 
 WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _DTYPE_NAMES = {name: dtype for dtype, name in WEIGHT_DTYPES.items()}

@@ -40,8 +40,9 @@ CASES = {  # parts, dtype, fields of params.json
     ),
 }  # fmt: skip
 TEXTS = [
-    "It was a dark and stormy night, and the", " leading", "trailing ", "  two  and   three   spaces ", "", "\n\ttabs\n\n",
-    "naïve café ▁itself, 日本語, Ελληνικά, 🦙🦙", "<s> in the text </s> stays text", "a\u00a0b\u200bc\x00d", "!?" * 40,
+    "It was a dark and stormy night, and the", " leading", "trailing ", "  two  and   three   spaces ", "",
+    "\n\ttabs\n\n", "naïve café ▁itself, 日本語, Ελληνικά, 🦙🦙",
+    "<s> in the text </s> stays text", "a\u00a0b\u200bc\x00d", "!?" * 40,
 ]  # fmt: skip
 FIELDS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size",

@@ -15,14 +15,13 @@ from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Shard, Tensor
 from pruner.errors import PruneAttnError
-from pruner.llama import Decoder, check_not_quantised, check_tensors
+from pruner.llama import UNQUANTISED, Decoder, check_not_quantised, check_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PYTORCH = "pytorch_model.bin"
 _PYTORCH_INDEX = "pytorch_model.bin.index.json"
-_UNQUANTISED = "convert from the unquantised checkpoint it was made from (safetensors, PyTorch's .bin or Meta's .pth)"
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _check_directory(directory: Path) -> None:
         raise PruneAttnError(f"{directory}: no such directory; give the path of a Llama checkpoint")
     if not directory.is_dir():
         if directory.suffix == ".gguf":
-            raise PruneAttnError(f"{directory}: is GGUF (llama.cpp); {_UNQUANTISED}")
+            raise PruneAttnError(f"{directory}: is GGUF (llama.cpp); {UNQUANTISED}")
         raise PruneAttnError(f"{directory}: is a file; give the checkpoint's directory, which holds {CONFIG}")
 
 
@@ -119,10 +118,10 @@ def _instead(directory: Path) -> str:
     """What a directory without weights that can be read holds instead, and what to do."""
     names = [path.name for path in directory.iterdir()]
     if any(name.endswith(".gguf") for name in names):
-        return f"it holds GGUF (llama.cpp); {_UNQUANTISED}"
+        return f"it holds GGUF (llama.cpp); {UNQUANTISED}"
     for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
         if file in names:
-            return f"it is quantised ({method}, says {file}); {_UNQUANTISED}"
+            return f"it is quantised ({method}, says {file}); {UNQUANTISED}"
     if "adapter_config.json" in names:
         return "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
     if any(name.endswith((".bin", ".pth", ".pt")) for name in names):

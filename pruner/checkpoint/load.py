@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def load_tensor(tensor: Tensor) -> torch.Tensor:
     """The tensor, in its own dtype and shape, on the CPU, mapped copy-on-write: pages are read when they are used.
 
-    One that lies in pieces is gathered into memory.
+    One that lies in pieces, or not on a boundary of its elements, is read into memory.
     """
     import torch
 
     dtype = getattr(torch, WEIGHT_DTYPES[tensor.dtype])
-    if tensor.pieces:
+    if tensor.pieces or tensor.start % dtype.itemsize:
         data, position = np.empty(tensor.nbytes, np.uint8), 0
         with OpenFiles() as files:
             for block in read_blocks(tensor, files):
@@ -29,6 +29,4 @@ def load_tensor(tensor: Tensor) -> torch.Tensor:
                 position += len(block)
     else:
         data = np.memmap(tensor.path, np.uint8, "c", offset=tensor.start, shape=(tensor.nbytes,))
-        if tensor.start % dtype.itemsize:
-            data = data.copy()
     return torch.from_numpy(data).view(dtype).reshape(tensor.shape)

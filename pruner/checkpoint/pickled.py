@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from pruner.checkpoint.header import open_shard
 from pruner.checkpoint.tensor import DTYPE_BYTES, Piece, Shard, Tensor, gathered
 from pruner.errors import PruneAttnError
+from pruner.llama import UNQUANTISED
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -85,7 +86,7 @@ def read_pickled(path: Path) -> Shard:
             if head.startswith(b"PK\3\4"):
                 root, place, digest = _read_zip(file, size)
             elif head.startswith(_GGML):
-                raise _RefusedError("is GGUF or GGML (llama.cpp); convert from the checkpoint that it was made from")
+                raise _RefusedError(f"is GGUF or GGML (llama.cpp); {UNQUANTISED}")
             elif head.startswith(b"\x80"):
                 root, place, digest = _read_legacy(file, size)
             else:

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pruner.checkpoint import Checkpoint
+from pruner.checkpoint.companions import LICENCE, USE, is_companion
 from pruner.checkpoint.meta import TOKENIZER
 from pruner.checkpoint.meta_files import meta_files
-
-# What describes the model's use. Weights in other formats, and what describes the source itself (its README, report,
-# model.onnx, genai_config.json, plan), match none of these.
-_USE = (
-    "tokenizer*", "tokenization_*.py",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
-    "generation_config.json", "chat_template*", "additional_chat_templates/*.jinja",
-)  # fmt: skip
-_LICENCE = (
-    "license*", "licence*", "*_license*", "copying*", "notice*", "use_policy*", "acceptable_use*", "*usage_policy*",
-    "responsible*use*guide*", "policy*",
-)  # fmt: skip
-_NOT = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".data", ".h5", ".msgpack", ".chk")
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -33,11 +19,11 @@ def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
     ``download.sh`` puts above it, where the tokenizer lies there too.
     """
     source, files = checkpoint.path, {}
-    found = _matching(source, _USE + _LICENCE)
+    found = _matching(source, USE + LICENCE)
     if checkpoint.meta:
         files = meta_files(source)
         if TOKENIZER in files and TOKENIZER not in found:
-            found = _matching(source.resolve().parent, _LICENCE) | found
+            found = _matching(source.resolve().parent, LICENCE) | found
     files |= {name: path.read_bytes() for name, path in found.items()}
     return dict(sorted(files.items()))
 
@@ -45,11 +31,7 @@ def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
 def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     files = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
     names = {file.relative_to(directory).as_posix(): file for file in files if file.is_file()}
-    return {
-        name: file
-        for name, file in names.items()
-        if any(fnmatch(name.lower(), pattern) for pattern in patterns) and not name.lower().endswith(_NOT)
-    }
+    return {name: file for name, file in names.items() if is_companion(name, patterns)}
 
 
 def tokenizer_class(files: dict[str, bytes], config: dict[str, Any]) -> str | None:

@@ -68,16 +68,17 @@ def read_meta(directory: Path, params: Any) -> tuple[dict[str, Any], tuple[Shard
                     f"{tokenizer}: is no SentencePiece model (Llama 3's is not); of Meta's distributions Llama 2's are "
                     "read, of the others give the Hugging Face form"
                 )
-    head = shards[0].tensors.get("output.weight")
-    if head is None or len(head.shape) != 2:
-        raise PruneAttnError(f"{parts[0]}: has no output.weight; this is not a Llama 2 as Meta distributes it")
-    vocabulary = head.shape[0] * len(parts)
+    for shard in shards:
+        head = shard.tensors.get("output.weight")
+        if head is None or len(head.shape) != 2:
+            raise PruneAttnError(f"{shard.path}: has no output.weight; this is not a Llama 2 as Meta distributes it")
+    vocabulary = sum(shard.tensors["output.weight"].shape[0] for shard in shards)
     if params["vocab_size"] not in (-1, vocabulary):
         raise PruneAttnError(
             f"{path}: vocab_size is {params['vocab_size']}, but the {len(parts)} parts have {vocabulary} tokens; "
             "is a part missing, or of another model?"
         )
-    config = _config(params, vocabulary, head.dtype)
+    config = _config(params, vocabulary, shards[0].tensors["output.weight"].dtype)
     decoder = Decoder.from_config(config, path)
     return config, shards, decoder, _join(decoder, shards, path)
 
@@ -169,19 +170,15 @@ def _join(decoder: Decoder, shards: tuple[Shard, ...], params: Path) -> dict[str
 def _joined(
     theirs: str, ours: str, shape: tuple[int, ...], axis: int | None, shards: tuple[Shard, ...], decoder: Decoder
 ) -> Tensor:
-    n = len(shards)
-    expected = tuple(-(-size // n) if i == axis else size for i, size in enumerate(shape))
-    pieces, dtype = [], None
+    pieces, dtype, joined = [], None, 0
     for shard in shards:
         tensor = shard.tensors.get(theirs)
         if tensor is None:
             raise PruneAttnError(f"{shard.path}: has no {theirs!r}; download it again")
-        if tensor.shape != expected or (axis is not None and shape[axis] % n):
-            raise PruneAttnError(
-                f"{shard.path}: {theirs!r} has shape {list(tensor.shape)}, but {list(shape)} in {n} "
-                f"part{'s' if n > 1 else ''}, as params.json has it, is {list(expected)} each; is a part missing, or "
-                "of another model?"
-            )
+        same = [size for i, size in enumerate(tensor.shape) if i != axis]
+        if len(tensor.shape) != len(shape) or same != [size for i, size in enumerate(shape) if i != axis]:
+            raise _misfit(shard, theirs, shape, len(shards))
+        joined += 0 if axis is None else tensor.shape[axis]
         if tensor.dtype not in WEIGHT_DTYPES or tensor.dtype != (dtype or tensor.dtype):
             raise PruneAttnError(
                 f"{shard.path}: {theirs!r} is {tensor.dtype}, which "
@@ -193,11 +190,24 @@ def _joined(
     assert dtype is not None
     if axis is None:
         pieces, axis = pieces[:1], 0
+    elif joined != shape[axis]:
+        shapes = [shard.tensors[theirs].shape for shard in shards]
+        odd = next((shard for shard, its in zip(shards, shapes, strict=True) if its != shapes[0]), shards[0])
+        raise _misfit(odd, theirs, shape, len(shards))
     if ours.endswith(("q_proj.weight", "k_proj.weight")):
-        if shape[0] // n % decoder.head_dim or decoder.head_dim % 2:
-            raise PruneAttnError(f"{shards[0].path}: its part of {theirs!r} is no whole number of heads")
+        for piece in pieces:
+            if piece.shape[0] % decoder.head_dim or decoder.head_dim % 2:
+                raise PruneAttnError(f"{piece.path}: its part of {theirs!r} is no whole number of heads")
         pieces = [_unpermuted(piece, decoder.head_dim) for piece in pieces]
     return gathered(ours, dtype, shape, tuple(pieces), axis)
+
+
+def _misfit(shard: Shard, name: str, shape: tuple[int, ...], parts: int) -> PruneAttnError:
+    return PruneAttnError(
+        f"{shard.path}: {name!r} has shape {list(shard.tensors[name].shape)}, of which {parts} "
+        f"part{'s do' if parts > 1 else ' does'} not make the {list(shape)} that params.json says; is a part missing, "
+        "or of another model?"
+    )
 
 
 def _unpermuted(piece: Piece, head: int) -> Piece:

@@ -124,7 +124,7 @@ def _instead(directory: Path) -> str:
             return f"it is quantised ({method}, says {file}); {UNQUANTISED}"
     if "adapter_config.json" in names:
         return "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
-    if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+    if _weights(directory) is None and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
         return f"its PyTorch files must be called {_PYTORCH}, as its index says, or consolidated.00.pth and so on"
     return "give the directory that transformers' save_pretrained, a Hub download or Meta's download made"
 

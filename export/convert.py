@@ -253,9 +253,10 @@ def _write(
     written.append(write_file(directory / CONFIG, dialect.dump(config)))
     if config["model_type"] == dialect.MODEL_TYPE:
         written += [write_file(directory / name, data) for name, data in dialect.code_files().items()]
-    for name, file in companions(checkpoint.path).items():
+    along = companions(checkpoint)
+    for name, data in along.items():
         (directory / name).parent.mkdir(exist_ok=True)
-        written.append(write_file(directory / name, file.read_bytes()))
+        written.append(write_file(directory / name, data))
     facts = record.make_record(plan, checkpoint, result, conversion.dtype)
     written.append(write_file(directory / record.CARD, model_card(facts, config, conversion.before, conversion.after)))
     output = open_checkpoint(directory)
@@ -270,8 +271,9 @@ def _write(
     problems = verify(directory).problems
     if problems:  # cannot happen with a sound disk; better found here than by whoever loads it
         raise PruneAttnError(f"{conversion.output}: what was written does not verify ({problems[0]}); report this")
-    for name in companions(checkpoint.path):
-        shutil.copystat(checkpoint.path / name, directory / name)
+    for name in along:
+        if (checkpoint.path / name).is_file():
+            shutil.copystat(checkpoint.path / name, directory / name)
 
 
 def _write_runtime_files(

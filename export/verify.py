@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from typing import Any
 from export import record
 from export.companions import companions
 from export.onnx import GRAPH
-from export.safetensors import convert_chunks
+from export.safetensors import read_as
 from export.target import output_config, source_names
-from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
+from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
 from pruner.plan import PLAN_FILE, read_plan
-
-_CHUNK = 8 << 20
 
 
 @dataclass
@@ -147,9 +144,9 @@ def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source:
     stored = {new for new, old in names.items() if old in source.tensors}
     for name in sorted(stored ^ checkpoint.tensors.keys()):
         yield f"{output}: tensor {name!r} should {'' if name in stored else 'not '}be there; convert again"
-    for name, file in companions(source.path).items():
-        if not (output / name).is_file() or (output / name).read_bytes() != file.read_bytes():
-            yield f"{output / name}: is not the source's; copy it from {file}"
+    for name, data in companions(source).items():
+        if not (output / name).is_file() or (output / name).read_bytes() != data:
+            yield f"{output / name}: is not {source.path}'s; convert again"
 
 
 def _compare(
@@ -163,23 +160,12 @@ def _compare(
     names = source_names(left)
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (str(t.path), t.start))
     total, done = checkpoint.nbytes, 0
-    with ExitStack() as files:
-        open_files: dict[Path, int] = {}
-
-        def fd(path: Path) -> int:
-            if path not in open_files:
-                open_files[path] = files.enter_context(open(path, "rb")).fileno()
-            return open_files[path]
-
+    with OpenFiles() as files:
         for tensor in tensors:
             original = source.tensors[names[tensor.name]]
-            if tensor.dtype == original.dtype:
-                chunks = _read(fd(original.path), original)
-            else:
-                chunks = convert_chunks(original, fd(original.path), tensor.dtype)
             position = tensor.start
-            for chunk in chunks:
-                if os.pread(fd(tensor.path), len(chunk), position) != chunk:
+            for chunk in read_as(original, files, tensor.dtype):
+                if os.pread(files.fd(tensor.path), len(chunk), position) != chunk:
                     result.problems.append(
                         f"{tensor.path}: {tensor.name!r} is not the source's (first difference after byte "
                         f"{position - tensor.start} of {tensor.nbytes}); convert again"
@@ -190,9 +176,3 @@ def _compare(
             result.compared += 1
             if progress:
                 progress(done, total)
-
-
-def _read(fd: int, tensor: Tensor) -> Iterator[bytes]:
-    end = tensor.start + tensor.nbytes
-    for start in range(tensor.start, end, _CHUNK):
-        yield os.pread(fd, min(_CHUNK, end - start), start)

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-# What describes the model's use. Weights in other formats, and what describes the source itself (its README, report,
-# model.onnx, genai_config.json, plan), match none of these.
-_PATTERNS = (
-    "tokenizer*", "tokenization_*.py",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
-    "generation_config.json", "chat_template*", "additional_chat_templates/*.jinja",
-    "license*", "licence*", "*_license*", "copying*", "notice*", "use_policy*", "acceptable_use*", "*usage_policy*",
-    "responsible*use*guide*", "policy*",
-)  # fmt: skip
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".data", ".h5", ".msgpack")
+from pruner.checkpoint.companions import is_companion
 
 
 def companions(source: Path) -> dict[str, Path]:
     """Relative name (with ``/``) to file of everything that comes along, sorted; links are followed."""
     files = [*source.glob("*"), *source.glob("additional_chat_templates/*")]
     names = {file.relative_to(source).as_posix(): file for file in files if file.is_file()}
-    return {
-        name: names[name]
-        for name in sorted(names)
-        if any(fnmatch(name.lower(), pattern) for pattern in _PATTERNS) and not name.lower().endswith(_WEIGHTS)
-    }
+    return {name: names[name] for name in sorted(names) if is_companion(name)}
 
 
 def tokenizer_class(source: Path, names: dict[str, Path], config: dict[str, Any]) -> str | None:

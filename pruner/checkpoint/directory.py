@@ -34,7 +34,7 @@ class Checkpoint:
     def name(self) -> str:
         """What people call it: ``owner/name`` in the Hub's cache, elsewhere the directory's name."""
         path = self.path.resolve()
-        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        if _in_hub_cache(path):
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
         return os.fsencode(path.name).decode("utf-8", "replace")
 
@@ -64,12 +64,22 @@ class Checkpoint:
         return tuple(sorted(sizes, key=lambda d: (-sizes[d], d)))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies this checkpoint in a plan: SHA-256 of the config and of every shard's header."""
+        """What identifies this checkpoint in a plan: SHA-256 of the config and of every shard's header.
+
+        In the Hub's cache also the repository and its commit (``hub``).
+        """
+        path = self.path.resolve()
+        hub = {"repo_id": self.name, "commit": path.name} if _in_hub_cache(path) else None
         return {
             "name": self.name,
+            **({"hub": hub} if hub else {}),
             "config_sha256": self.config_sha256,
             "shards": {s.path.name: {"size": s.size, "header_sha256": s.header_sha256} for s in self.shards},
         }
+
+
+def _in_hub_cache(path: Path) -> bool:
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
 def read_json(path: Path) -> tuple[Any, str]:
@@ -125,6 +135,11 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         if any(directory.glob("*.gguf")):
             raise PruneAttnError(f"{directory}: holds GGUF; convert from the safetensors checkpoint it was made from")
         raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {WEIGHTS} and no {INDEX} in it")
+    return read_index(index_path)
+
+
+def read_index(index_path: Path) -> tuple[list[str], dict[str, str]]:
+    """An index's files, sorted, and its map of tensor to file. ``PruneAttnError`` where it is malformed."""
     index, _ = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -136,7 +151,8 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     return names, weight_map
 
 
-def _check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> None:
+def check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> None:
+    """Refuse an index that does not say what the shards hold."""
     owner: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:
@@ -169,6 +185,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     names, weight_map = _shard_names(directory)
     shards = tuple(read_shard(directory / name) for name in names)
     if weight_map is not None:
-        _check_index(directory / INDEX, weight_map, shards)
+        check_index(directory / INDEX, weight_map, shards)
     check_tensors(decoder, shards, directory)
     return Checkpoint(directory, config, digest, shards, decoder)

@@ -141,8 +141,8 @@ def convert(
     them and with a note that says why.
 
     ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
-    is called with (bytes written, bytes in all), while fetching with "fetching" as a third argument. Raises ``PruneAttnError`` for bad input, with nothing written, and
-    ``MachineError`` or ``OSError`` where the machine fails.
+    is called with (bytes written, bytes in all), while fetching with "fetching" as a third argument. Raises
+    ``PruneAttnError`` for bad input, with nothing written, and ``MachineError`` or ``OSError`` where the machine fails.
     """
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
@@ -154,9 +154,10 @@ def convert(
     model = find(source, revision=revision, cache_dir=cache_dir)
     # what is refused is refused before gigabytes are fetched, unless they are needed to choose
     afar = model is not None and model.has_headers and strategy in (None, *POSITIONAL)
-    checkpoint = (
-        model.headers if model and afar else open_checkpoint(model.fetch(progress=progress) if model else source)
-    )
+    if model is None:
+        checkpoint = open_checkpoint(source)
+    else:
+        checkpoint = model.headers if afar else open_checkpoint(model.fetch(progress=progress))
     source = checkpoint.path
     chosen = choose(
         checkpoint,

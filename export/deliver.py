@@ -89,8 +89,9 @@ def export(
 
     In place (no ``output``) for what prune-attn wrote, or what ``save_pretrained`` made of it: each file is replaced in
     one step and no weights are read. Shards that changed since the last export are refused unless ``accept_changes``.
-    With ``output``, for any Llama, also by its Hub id (at ``revision``, through ``cache_dir``): its weights are copied there, laid out so that q|k|v is one piece, under
-    ``convert``'s rules; ``dtype`` converts them. Raises ``PruneAttnError``, or ``MachineError`` where the disk fails.
+    With ``output``, for any Llama, also by its Hub id (at ``revision``, through ``cache_dir``): its weights are copied
+    there, laid out so that q|k|v is one piece, under ``convert``'s rules; ``dtype`` converts them. Raises
+    ``PruneAttnError``, or ``MachineError`` where the disk fails.
     """
     options = GraphOptions(context, last_token_logits)
     if output is None and find(directory, revision=revision, cache_dir=cache_dir) is not None:

@@ -42,7 +42,8 @@ def generate(
 ) -> Generated:
     """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.
 
-    ``directory`` may be a Hub id, at ``revision``, through ``cache_dir``. The prompt is taken as it is, with the tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
+    ``directory`` may be a Hub id, at ``revision``, through ``cache_dir``. The prompt is taken as it is, with the
+    tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
     """
     directory = fetch(directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress)
     model, took = _open(directory, backend, device)

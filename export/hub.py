@@ -31,7 +31,7 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Push:
-    """What ``push`` did, or would do (``dry_run``). ``files`` has sizes in bytes; ``removed`` names stale files there."""
+    """What ``push`` did, or would do (``dry_run``). ``files`` have sizes in bytes; ``removed`` are stale ones there."""
 
     repo_id: str
     files: dict[str, int]

@@ -61,10 +61,10 @@ def verify(
     ``model.onnx``, where there is one, belongs to these shards. No weights are read.
 
     With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
-    ``--dtype`` was used), every dropped one gone, and the same configuration again. It may be a Hub id (at ``revision``,
-    through ``cache_dir``), which is fetched. ``progress`` is called with (bytes compared, bytes in all), while fetching
-    with "fetching" as a third argument. Raises ``PruneAttnError`` only where ``output`` is no directory or ``against``
-    no checkpoint; all else is reported as problems.
+    ``--dtype`` was used), every dropped one gone, and the same configuration again. It may be a Hub id (at
+    ``revision``, through ``cache_dir``), which is fetched. ``progress`` is called with (bytes compared, bytes in all),
+    while fetching with "fetching" as a third argument. Raises ``PruneAttnError`` only where ``output`` is no directory
+    or ``against`` no checkpoint; all else is reported as problems.
     """
     output = Path(output)
     if not output.is_dir():

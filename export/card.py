@@ -80,7 +80,8 @@ llm = LLM(model_idTRUST)
 print(llm.generate(["Once upon a time"], SamplingParams(max_tokens=40, temperature=0))[0].outputs[0].text)
 ```""",
     "llama.cpp": """```bash
-hf download PATH --local-dir model                     # a directory that is here already needs no download
+# a directory that is here already needs no download
+hf download PATH --local-dir model
 python convert_hf_to_gguf.py model --outfile model.gguf
 llama-cli -m model.gguf -p "Once upon a time" -n 40
 ```""",
@@ -132,7 +133,7 @@ def model_card(
         )
     )
     code = (
-        "The two `.py` files here are all the custom code there is: transformers' own Llama without the modules that "
+        "The two `.py` files here are all the custom code there is: transformers' own Llama without the modules that\n"
         "`block_configs` drops."
         if custom
         else "Whole blocks were removed, so this is a plain Llama and needs no custom code."
@@ -143,8 +144,9 @@ def model_card(
 
 # {name.rsplit("/", 1)[-1]}, pruned
 
-Sublayers of {origin} were physically removed by prune-attn {plan["tool"]["version"]}; the tensors that are left are
-the source's{f", converted to {plan['converted_to']}" if plan["converted_to"] else ""}.
+Sublayers were physically removed by prune-attn {plan["tool"]["version"]} from
+{origin}.
+The tensors that are left are the source's{f", converted to {plan['converted_to']}" if plan["converted_to"] else ""}.
 
 - attention removed at layers: {_numbers(plan["attention"])}
 - MLP removed at layers: {_numbers(plan["mlp"])}
@@ -236,8 +238,8 @@ def _loading(custom: bool, onnx: bool, engine_notes: list[str]) -> str:
 def _licence(theirs: dict[str, Any], licence: Licence | None, name: str) -> str:
     if licence is not None:
         return (
-            f"{licence.notice}\n\nIts terms and its acceptable use policy go on to hold, also for whoever passes this "
-            f"on: with a copy of them, this notice, and a name that says so. A name {licence.name_rule}."
+            f"{licence.notice}\n\nIts terms and its acceptable use policy go on to hold. Whoever passes this model on does "
+            f"so with a copy of the licence and with this notice; the name {licence.name_rule}."
         )
     known = theirs.get("license_name") or theirs.get("license")
     return f"As `{name}`: {known}." if isinstance(known, str) else f"That of `{name}`; its card here named none."

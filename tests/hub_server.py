@@ -1,7 +1,7 @@
 """A Hub on loopback: as much of its HTTP protocol as ``huggingface_hub`` uses for models, with faults on demand.
 
-Repositories with branches, pull requests, commits, private and gated ones; preupload, LFS batch with basic and multipart
-transfer, ndjson commits; resolve with ranges, large files behind a redirect to another origin. Not Xet.
+Repositories with branches, pull requests, commits, private and gated ones; preupload, LFS batch with basic and
+multipart transfer, ndjson commits; resolve with ranges, large files behind a redirect to another origin. Not Xet.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: dict[str, Any] = field(default_factory=lambda: {"error": "a fault"})
     cut: int | None = None  # close the connection after so many bytes of the answer
-    hold: threading.Event | None = None  # wait for it before answering
+    stall: int | None = None  # stop after so many bytes of the answer, or of the upload, until ``go`` is set
+    go: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -139,9 +140,16 @@ class HubServer:
             if fault is not None:
                 fault.times -= 1
 
+            async def stalled(bytes_so_far: int) -> None:
+                while fault is not None and fault.stall is not None and bytes_so_far >= fault.stall:
+                    if fault.go.is_set():
+                        return
+                    await asyncio.sleep(0.02)
+
             async def count_in() -> Any:
                 message = await receive()
                 seen.received += len(message.get("body", b""))
+                await stalled(seen.received if seen.received else -1)
                 return message
 
             async def count_out(message: Any) -> None:
@@ -150,12 +158,13 @@ class HubServer:
                     await send(message | {"body": body[: fault.cut], "more_body": True})
                     seen.sent += fault.cut
                     raise ConnectionResetError("cut on purpose")
+                if body and fault is not None and fault.stall is not None:
+                    await send(message | {"body": body[: fault.stall], "more_body": True})
+                    await stalled(fault.stall)
+                    message, body = message | {"body": body[fault.stall :]}, body[fault.stall :]
                 await send(message)
                 seen.sent += len(body)
 
-            if fault is not None and fault.hold is not None:
-                while not fault.hold.is_set():
-                    await asyncio.sleep(0.02)
             if fault is not None and fault.status is not None:
                 while (await count_in()).get("more_body"):
                     pass

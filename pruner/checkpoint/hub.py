@@ -36,7 +36,7 @@ from pruner.llama import Decoder, check_not_quantised, check_tensors
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
 
-_ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,94}[A-Za-z0-9_]", re.ASCII)
+_ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 _META = re.compile(r"consolidated\.\d+\.pth")
 _PLAN = "pruning_plan.json"  # of what was pruned before; percentages are of the never-pruned model
 _BESIDES = (_PLAN, "README.md")  # the latter says licence and language
@@ -325,6 +325,8 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None, wri
             f"{repo_id}: there is no such directory, and it is not in the Hub's cache; HF_HUB_OFFLINE keeps from "
             "fetching it, unset it"
         )
+    if is_a(UnicodeEncodeError) or "Illegal header value" in str(chain[-1]):
+        return PruneAttnError(f"{repo_id}: your token has characters in it that no token has; {log_in}")
     text = _without_token(" ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split()))[:200]
     if _unreachable(error):
         return MachineError(
@@ -430,7 +432,7 @@ class quiet:  # noqa: N801, a context manager
 def beside(work: Callable[[], T], stop: threading.Event | None = None) -> T:
     """Run ``work`` in a thread of its own: an interrupt of the main thread then need not wait for its end.
 
-    ``stop`` is set at an interrupt, and the thread given a moment to end by itself.
+    ``stop`` is set at an interrupt, and the thread given a moment to end by itself; what it was fetching is removed.
     """
     out: list[Any] = []
 
@@ -447,12 +449,24 @@ def beside(work: Callable[[], T], stop: threading.Event | None = None) -> T:
     except BaseException:
         if stop is not None:
             stop.set()
-            thread.join(2)
+            thread.join(1)
+            _remove_incomplete()
         raise
     value, error = out[0]
     if error is not None:
         raise error
     return value
+
+
+def _remove_incomplete() -> None:
+    """Remove the half-fetched files that this process has open (and no other's), where the system can tell."""
+    for link in Path("/proc/self/fd").glob("*"):
+        try:
+            file = os.readlink(link)
+        except OSError:
+            continue
+        if file.endswith(".incomplete"):
+            Path(file).unlink(missing_ok=True)
 
 
 def _bar(stop: threading.Event, total: int, progress: Progress | None) -> type:

@@ -238,8 +238,8 @@ def _loading(custom: bool, onnx: bool, engine_notes: list[str]) -> str:
 def _licence(theirs: dict[str, Any], licence: Licence | None, name: str) -> str:
     if licence is not None:
         return (
-            f"{licence.notice}\n\nIts terms and its acceptable use policy go on to hold. Whoever passes this model on does "
-            f"so with a copy of the licence and with this notice; the name {licence.name_rule}."
+            f"{licence.notice}\n\nIts terms and its acceptable use policy go on to hold. Whoever passes this model on "
+            f"does so with a copy of the licence and with this notice; the name {licence.name_rule}."
         )
     known = theirs.get("license_name") or theirs.get("license")
     return f"As `{name}`: {known}." if isinstance(known, str) else f"That of `{name}`; its card here named none."

@@ -158,7 +158,7 @@ class HubServer:
                     await send(message | {"body": body[: fault.cut], "more_body": True})
                     seen.sent += fault.cut
                     raise ConnectionResetError("cut on purpose")
-                if body and fault is not None and fault.stall is not None:
+                if fault is not None and fault.stall is not None and len(body) > fault.stall:
                     await send(message | {"body": body[: fault.stall], "more_body": True})
                     await stalled(fault.stall)
                     message, body = message | {"body": body[fault.stall :]}, body[fault.stall :]

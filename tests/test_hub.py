@@ -465,6 +465,9 @@ def test_where_to(hub, run, out):
     assert done.stdout.strip() == f"pushed: {hub.url}/own/theirs/discussions/1"
     assert "model.onnx" in files(hub.repos["own/theirs"], "refs/pr/1")
     assert files(hub.repos["own/theirs"]) == {"README.md"}
+    hub.repos["user/public"].branches["refs/pr/1"] = hub.repos["user/public"].branches["main"]
+    run("push", "out", "user/public", "--revision", "refs/pr/1")
+    assert "model.onnx" in files(hub.repos["user/public"], "refs/pr/1")
     assert "leave --revision out" in run("push", "out", "own/theirs", "--create-pr", "--revision", "x", check=2).stderr
     assert "may write to it" in run("push", "out", "own/theirs", check=2).stderr
     assert "may write to it" in run("push", "out", "own/new", check=2).stderr

@@ -330,8 +330,8 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None, wri
     text = _without_token(" ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split()))[:200]
     if _unreachable(error):
         return MachineError(
-            f"{repo_id}: cannot reach {constants.ENDPOINT}, or the connection was lost ({text}); check the network and "
-            "run it again, what is done stays done"
+            f"{repo_id}: {'' if write else 'is no directory here, and '}{constants.ENDPOINT} cannot be reached, or the "
+            f"connection was lost ({text}); check the network and run it again, what is done stays done"
         )
     return MachineError(f"{repo_id}: the Hub's answer could not be used ({text})")
 

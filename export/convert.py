@@ -190,6 +190,7 @@ def convert(
     if not dry_run:
         if model and afar:
             checkpoint = open_checkpoint(model.fetch(progress=progress))
+            shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
             config = output_config(checkpoint, result, target_dtype)  # the tokenizer, too, is there only now
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
@@ -304,7 +305,7 @@ def _write(
     licence = llama_licence(checkpoint.path, read_card(checkpoint.path))
     if licence is not None:
         conversion.notes.extend(licence_notes(licence, directory))
-        if not any(name.lower().startswith("notice") for name in companions(checkpoint.path)):
+        if not any(file.name.lower().startswith("notice") for file in written):
             written.append(write_file(directory / NOTICE, f"{licence.notice}\n".encode()))
     headers = {shard.path.name: shard.header_sha256 for shard in output.shards}
     facts["files"] = {

@@ -135,11 +135,6 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         if any(directory.glob("*.gguf")):
             raise PruneAttnError(f"{directory}: holds GGUF; convert from the safetensors checkpoint it was made from")
         raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {WEIGHTS} and no {INDEX} in it")
-    return read_index(index_path)
-
-
-def read_index(index_path: Path) -> tuple[list[str], dict[str, str]]:
-    """An index's files, sorted, and its map of tensor to file. ``PruneAttnError`` where it is malformed."""
     index, _ = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -151,8 +146,7 @@ def read_index(index_path: Path) -> tuple[list[str], dict[str, str]]:
     return names, weight_map
 
 
-def check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> None:
-    """Refuse an index that does not say what the shards hold."""
+def _check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> None:
     owner: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:
@@ -185,6 +179,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     names, weight_map = _shard_names(directory)
     shards = tuple(read_shard(directory / name) for name in names)
     if weight_map is not None:
-        check_index(directory / INDEX, weight_map, shards)
+        _check_index(directory / INDEX, weight_map, shards)
     check_tensors(decoder, shards, directory)
     return Checkpoint(directory, config, digest, shards, decoder)

@@ -12,7 +12,6 @@ import json
 import os
 import stat
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,9 @@ def read_shard(path: Path) -> Shard:
     (absurd length, not JSON, duplicate names, sizes that disagree with shapes, overlaps, gaps, data beyond the end).
     """
 
-    bad = partial(_bad, path)
+    def bad(what: str, cure: str = "download this file again") -> PruneAttnError:
+        return PruneAttnError(f"{path}: {what}; {cure}")
+
     try:
         info = path.stat()
     except OSError as error:
@@ -89,32 +90,17 @@ def read_shard(path: Path) -> Shard:
         raise bad("is not a regular file", "a shard must be a file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length = header_length(path, file.read(8), size)
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise bad(f"is no safetensors file: it is {size} bytes long")
+        if prefix == b"version ":
+            raise bad("is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository")
+        length = int.from_bytes(prefix, "little")
+        if length > MAX_HEADER_BYTES:
+            raise bad(f"its header claims an absurd length of {length} bytes")
+        if 8 + length > size:
+            raise bad(f"is truncated: its header alone needs {8 + length} bytes and the file has {size}")
         raw = file.read(length)
-    return parse_header(path, raw, size)
-
-
-def header_length(path: Path, prefix: bytes, size: int) -> int:
-    """N, from the first 8 bytes of a file of ``size`` bytes. Raises ``PruneAttnError`` where it cannot be."""
-    bad = partial(_bad, path)
-    if len(prefix) < 8:
-        raise bad(f"is no safetensors file: it is {size} bytes long")
-    if prefix == b"version ":
-        raise bad("is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository")
-    length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
-        raise bad(f"its header claims an absurd length of {length} bytes")
-    if 8 + length > size:
-        raise bad(f"is truncated: its header alone needs {8 + length} bytes and the file has {size}")
-    return length
-
-
-def parse_header(path: Path, raw: bytes, size: int) -> Shard:
-    """Check a header's N bytes (after the length) of a file of ``size`` bytes that lies, or will lie, at ``path``.
-
-    Raises ``PruneAttnError`` as ``read_shard`` does.
-    """
-    bad = partial(_bad, path)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -126,7 +112,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> Shard:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad("its header's __metadata__ is not a map of strings")
 
-    data_start = 8 + len(raw)
+    data_start = 8 + length
     tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         try:
@@ -153,10 +139,6 @@ def parse_header(path: Path, raw: bytes, size: int) -> Shard:
     if position < size:
         raise bad(f"has {size - position} bytes that its header does not mention")
     return Shard(path, size, hashlib.sha256(raw).hexdigest(), data_start, metadata, tensors)
-
-
-def _bad(path: Path, what: str, cure: str = "download this file again") -> PruneAttnError:
-    return PruneAttnError(f"{path}: {what}; {cure}")
 
 
 def _one_line(error: Exception) -> str:

@@ -7,42 +7,36 @@ variables and ``hf auth login`` set. Tokens are never read here but to keep them
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pruner.checkpoint.companions import is_companion
-from pruner.checkpoint.directory import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
-    Checkpoint,
-    check_index,
-    open_checkpoint,
-    read_config,
-    read_index,
-)
-from pruner.checkpoint.header import Shard, header_length, parse_header, read_shard
+from pruner.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
 from pruner.errors import MachineError, PruneAttnError
-from pruner.llama import Decoder, check_not_quantised, check_tensors
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _META = re.compile(r"consolidated\.\d+\.pth")
 _PLAN = "pruning_plan.json"  # of what was pruned before; percentages are of the never-pruned model
 _BESIDES = (_PLAN, "README.md")  # the latter says licence and language
 _TRIES = 4  # waiting 1, 2 and 4 seconds, or as long as the Hub says
 _PATIENCE = 120  # the longest wait, in seconds, that the Hub may ask for
 _FIRST = 100_000  # bytes: most headers are shorter, so that one request does
+_LONGEST = 100_000_008  # what a header may be, by the safetensors library
 
 
 def is_hub_id(text: str) -> bool:
@@ -134,37 +128,35 @@ class HubModel:
         if self.sizes is None:
             return self._cached()
         if not self.has_headers:
-            what = "holds PyTorch weights" if self._weights(None) else "holds no weights"
+            what = "holds PyTorch weights" if self._pytorch() else "holds no weights"
             raise PruneAttnError(
                 f"{self.repo_id}: {what} and no safetensors, whose headers alone can be read from afar; fetch it with "
                 f"`hf download {self.repo_id} --local-dir DIR` and give DIR"
             )
-        single = WEIGHTS in self.sizes
-        directory = self._download([CONFIG, _PLAN] if single else [CONFIG, _PLAN, INDEX])
-        config, digest = read_config(directory)
-        check_not_quantised(config, directory / CONFIG)
-        decoder = Decoder.from_config(config, directory / CONFIG)
-        names, weight_map = ([WEIGHTS], None) if single else read_index(directory / INDEX)
-        with quiet(), ThreadPoolExecutor(8) as pool:
-            shards = tuple(pool.map(lambda name: self._shard(directory / name), names))
-        if weight_map is not None:
-            check_index(directory / INDEX, weight_map, shards)
-        check_tensors(decoder, shards, directory)
-        return Checkpoint(directory, config, digest, shards, decoder)
+        names = [CONFIG, _PLAN] + ([] if WEIGHTS in self.sizes else [INDEX])
+        directory = self._download(names)
+        with quiet(), tempfile.TemporaryDirectory(prefix="prune-attn-") as place, ThreadPoolExecutor(8) as pool:
+            for name in names:
+                if (directory / name).exists():
+                    shutil.copyfile(directory / name, Path(place, name))
+            list(
+                pool.map(lambda name: self._stand_in(directory / name, Path(place, name)), self._safetensors(directory))
+            )
+            try:
+                checkpoint = open_checkpoint(place)
+            except PruneAttnError as error:
+                raise type(error)(str(error).replace(place, self.repo_id)) from None
+        return replace(checkpoint, path=directory)
 
     def fetch(self, runtime: bool = False, progress: Progress | None = None) -> Path:
         """Fetch what is missing of it into the cache; returns the snapshot's directory."""
         if self.sizes is None:
             return self._cached().path
-        index = None
         if self.has_headers:
-            weights = [shard.path.name for shard in self.headers.shards]
-            weights += [INDEX] if WEIGHTS not in self.sizes else []
+            shards = [shard.path.name for shard in self.headers.shards]
+            weights = [*shards, *([] if WEIGHTS in self.sizes else [INDEX])]
         else:
-            indices = [name for name in self.sizes if name == "pytorch_model.bin.index.json"]
-            if indices and "pytorch_model.bin" not in self.sizes:
-                index = self._download(indices) / indices[0]
-            weights = self._weights(index)
+            weights = self._pytorch()
         if not weights:
             gguf = "GGUF and no" if any(name.endswith(".gguf") for name in self.sizes) else "no"
             raise PruneAttnError(
@@ -174,36 +166,48 @@ class HubModel:
         others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, "params.json", *_BESIDES, *extra)]
         return self._download([*others, *weights], progress)
 
-    def _weights(self, index: Path | None) -> list[str]:
+    def _safetensors(self, directory: Path) -> list[str]:
+        """The weights' names; of a malformed index what can be had, for ``open_checkpoint`` says it better."""
+        assert self.sizes is not None
+        return [WEIGHTS] if WEIGHTS in self.sizes else self._indexed(directory / INDEX)
+
+    def _indexed(self, index: Path) -> list[str]:
+        assert self.sizes is not None
+        try:
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return []
+        return [name for name in self.sizes if name in named and "/" not in name]
+
+    def _pytorch(self) -> list[str]:
         """PyTorch's files, where there are no safetensors: the Hugging Face form, or else Meta's own."""
         assert self.sizes is not None
-        if index is not None:
-            return [index.name, *read_index(index)[0]]
-        for chosen in (
-            [n for n in self.sizes if n == "pytorch_model.bin"],
-            [n for n in self.sizes if re.fullmatch(r"pytorch_model-\d+-of-\d+\.bin", n)],
-            [n for n in self.sizes if _META.fullmatch(n)],
-        ):
-            if chosen:
-                return chosen
-        return []
+        if _BIN in self.sizes:
+            return [_BIN]
+        if _BIN_INDEX in self.sizes:
+            return [_BIN_INDEX, *self._indexed(self._download([_BIN_INDEX]) / _BIN_INDEX)]
+        return [name for name in self.sizes if _META.fullmatch(name)]
 
-    def _shard(self, path: Path) -> Shard:
+    def _stand_in(self, shard: Path, place: Path) -> None:
+        """Make ``place`` look like ``shard`` to who reads headers: the header, and a hole as long as the data."""
         from huggingface_hub import hf_hub_url
 
         assert self.sizes is not None
-        if path.exists():
-            return read_shard(path)
-        if path.name not in self.sizes:
-            raise PruneAttnError(
-                f"{self.repo_id}: its index names {path.name}, which is not there; give another revision"
-            )
-        size, url = self.sizes[path.name], hf_hub_url(self.repo_id, path.name, revision=self.commit)
-        raw = ask(lambda: _range(url, 0, min(size, _FIRST)), self.repo_id)
-        length = header_length(path, raw[:8], size)
-        if len(raw) < 8 + length:
-            raw += ask(lambda: _range(url, len(raw), 8 + length), self.repo_id)
-        return parse_header(path, raw[8 : 8 + length], size)
+        size, url = self.sizes[shard.name], hf_hub_url(self.repo_id, shard.name, revision=self.commit)
+
+        def get(start: int, end: int) -> bytes:
+            if shard.exists():  # in the cache already
+                with open(shard, "rb") as file:
+                    return os.pread(file.fileno(), end - start, start)
+            return ask(lambda: _range(url, start, end), self.repo_id)
+
+        raw = get(0, min(size, _FIRST))
+        end = min(8 + int.from_bytes(raw[:8], "little"), size)
+        if len(raw) < end <= _LONGEST:
+            raw += get(len(raw), end)
+        with open(place, "wb") as file:
+            file.write(raw[:end])
+            file.truncate(size)
 
     def _cached(self) -> Checkpoint:
         from huggingface_hub import hf_hub_download

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import record
 from export.deliver import replace_files
 from export.licence import Licence, llama_licence
-from pruner.errors import PruneAttnError
+from pruner.errors import MachineError, PruneAttnError
 from pruner.nemotron_nas.dialect import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _metadata(plan: dict[str, Any], theirs: dict[str, Any], licence: Licence | N
     carried = {
         key: value
         for key in ("license", "license_name", "license_link", "language")
-        if isinstance(value := theirs.get(key), (str, list))
+        if isinstance(value := theirs.get(key), str) or (key == "language" and isinstance(value, list))
     }
     return ModelCardData(
         base_model=made_from["source"]["hub"]["repo_id"] if made_from else None,
@@ -242,7 +243,9 @@ def _licence(theirs: dict[str, Any], licence: Licence | None, name: str) -> str:
             f"does so with a copy of the licence and with this notice; the name {licence.name_rule}."
         )
     known = theirs.get("license_name") or theirs.get("license")
-    return f"As `{name}`: {known}." if isinstance(known, str) else f"That of `{name}`; its card here named none."
+    if not isinstance(known, str):
+        return f"That of `{name}`; its card here named none."
+    return f"As `{name}`: {' '.join(known.split())[:80]}."
 
 
 # -- a card that is there ----------------------------------------------------------------------------------------------
@@ -286,10 +289,14 @@ def update_card(directory: str | os.PathLike[str], results: dict[str, Any]) -> N
 
 
 def name_repository(directory: Path, repo_id: str) -> None:
-    """Write the repository's id into the card's snippets, so that they can be pasted from the Hub."""
+    """Write the repository's id into the card's snippets, so that they can be pasted from the Hub.
+
+    Where the directory cannot be written to, they stay as they are.
+    """
     path = directory / record.CARD
     text = path.read_text("utf-8")
     named = _MODEL_ID.sub(f'model_id = "{repo_id}"', text)
     named = re.sub(r"^hf download \S+ ", f"hf download {repo_id} ", named, flags=re.MULTILINE)
     if named != text:
-        replace_files(directory, {record.CARD: named.encode()})
+        with suppress(MachineError, PermissionError):
+            replace_files(directory, {record.CARD: named.encode()})

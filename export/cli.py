@@ -52,7 +52,9 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
     from pruner.checkpoint.hub import open_source
     from pruner.summary import inspect
 
-    facts = inspect(open_source(checkpoint, **options)) | {"path": checkpoint}
+    facts = inspect(open_source(checkpoint, **options))
+    if not os.path.exists(checkpoint):
+        facts["path"] = checkpoint  # the Hub id, not the cache
     if as_json:
         _print_json(facts)
         return
@@ -221,11 +223,14 @@ def export(directory: str, output: str | None, as_json: bool, **options: Any) ->
 @_REVISION
 @_CACHE
 @_JSON
-def generate(directory: str, as_json: bool, **options: Any) -> None:
+def generate(directory: str, as_json: bool, revision: str | None, cache_dir: str | None, **options: Any) -> None:
     """Go on from a prompt, greedily, and say how long it took."""
     from export.generate import generate
+    from pruner.checkpoint.hub import fetch
 
-    # no bar: one that is open would spoil the text as it comes
+    with _progress("fetching") as progress:  # closed before text comes
+        runtime = options["backend"] == "onnx"
+        directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
     result = generate(directory, write=None if as_json else lambda text: click.echo(text, nl=False), **options)
     if as_json:
         _print_json(vars(result))
@@ -343,8 +348,12 @@ def _progress(verb: str) -> Iterator[Callable[..., None] | None]:
     label = TextColumn("{task.description}")
     columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total, what=verb: bar.update(task, completed=done, total=total, description=what)
+        task = bar.add_task(verb, total=None, visible=False)  # until there is something to show
+
+        def show(done: int, total: int, what: str = verb) -> None:
+            bar.update(task, completed=done, total=total, description=what, visible=True)
+
+        yield show
 
 
 # -- entry -------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,6 @@ def push(
     if problems:
         raise PruneAttnError(f"{directory}: is not pushed, for it does not verify: {problems[0]}")
     files = _files(directory)
-    load_card(directory)
     licence = llama_licence(directory, load_card(directory).data.to_dict())
     notes = licence_notes(licence, directory, repo_id)
     if dry_run:
@@ -106,7 +105,8 @@ def push(
             repo_id = f"{ask(api.whoami, repo_id, write=True)['name']}/{repo_id}"
 
         def prepare() -> list[str]:
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if not api.repo_exists(repo_id):
+                api.create_repo(repo_id, private=private or None, exist_ok=True)
             if private and not api.model_info(repo_id).private:
                 raise PruneAttnError(
                     f"{repo_id}: exists already and is public, so --private cannot be kept; make it private in its "
@@ -148,7 +148,8 @@ def _files(directory: Path) -> dict[str, int]:
     for root, folders, found in os.walk(directory / "report"):
         folders[:] = [name for name in folders if not _temporary(name)]
         here = Path(root).relative_to(directory)
-        names |= {(here / name).as_posix() for name in found if not _temporary(name)}
+        links = [name for name in folders if Path(root, name).is_symlink()]  # not walked into, but not passed over
+        names |= {(here / name).as_posix() for name in [*found, *links] if not _temporary(name)}
     inside = Path(os.path.realpath(directory))
     sizes = {}
     for name in sorted(names):

@@ -430,6 +430,9 @@ def test_what_is_not_pushed(hub, run, out, tmp_path):
     (out / "report" / "link").symlink_to(tmp_path / "secret")
     assert "leads out of the directory" in run("push", "out", "user/pruned", check=2).stderr
     (out / "report" / "link").unlink()
+    (out / "report" / "folder").symlink_to(tmp_path)
+    assert "folder: leads out of the directory" in run("push", "out", "user/pruned", check=2).stderr
+    (out / "report" / "folder").unlink()
     (out / "report" / "inside").symlink_to(out / "config.json")
     run("push", "out", "user/pruned", "--dry-run")
     shutil.rmtree(out / "report")

@@ -277,6 +277,8 @@ def test_revisions(hub, run, tmp_path):
     done = run("inspect", "own/llama-2-5m", "--revision", "v2", check=2)
     assert "has no revision 'v2'" in done.stderr
     assert "weights" in run("inspect", "own/llama-2-5m", check=2).stderr
+    for empty in ("--revision", "--cache-dir"):
+        assert "is empty" in run("inspect", "own/llama-2-5m", empty, "", check=2).stderr
     assert "no Hub id" in run("inspect", SHIPPED, "--revision", "v1", check=2).stderr
     # a path that exists is a path
     (tmp_path / "own").mkdir()

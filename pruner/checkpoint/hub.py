@@ -84,8 +84,8 @@ def find(
             option = "--cache-dir" if revision is None else "--revision"
             raise PruneAttnError(f"{text}: is no Hub id, to which alone {option} belongs; leave it out")
         return None
-    if revision == "":
-        raise PruneAttnError("--revision is empty; give a branch, a tag or a commit")
+    if revision == "" or (cache_dir is not None and not os.fspath(cache_dir)):
+        raise PruneAttnError("--revision or --cache-dir is empty; give one, or leave it out")
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     cache, api = None if cache_dir is None else os.fspath(cache_dir), HfApi()
@@ -236,22 +236,25 @@ class HubModel:
         names = [name for name in dict.fromkeys(names) if name in self.sizes]
         total, stop = sum(self.sizes[name] for name in names if missing(name)), threading.Event()
         bar = _bar(stop, total, progress if total else None)
-        with quiet():
-            return beside(
-                lambda: ask(
-                    lambda: Path(
-                        snapshot_download(
-                            self.repo_id,
-                            revision=self.commit,
-                            cache_dir=self.cache_dir,
-                            allow_patterns=[glob.escape(name) for name in names],
-                            tqdm_class=bar,
-                        )
-                    ),
+
+        def get() -> Path:
+            wanted = [glob.escape(name) for name in names]
+            directory = Path(
+                snapshot_download(
                     self.repo_id,
-                ),
-                stop,
+                    revision=self.commit,
+                    cache_dir=self.cache_dir,
+                    allow_patterns=wanted,
+                    tqdm_class=bar,
+                )
             )
+            for name in names:  # where the Hub fails, the library may be content with what is there
+                if not (directory / name).exists():
+                    raise ConnectionError(f"{name} did not come")
+            return directory
+
+        with quiet():
+            return beside(lambda: ask(get, self.repo_id), stop)
 
 
 # -- asking the Hub ----------------------------------------------------------------------------------------------------

@@ -139,21 +139,25 @@ def model_card(
         if custom
         else "Whole blocks were removed, so this is a plain Llama and needs no custom code."
     )
+    attention, mlp = _gone(plan)
+    changed, did = (
+        ("pruned", "Sublayers were physically removed") if attention or mlp else ("laid out anew", "Laid out")
+    )
     return f"""---
 {_metadata(plan, their_card, licence, onnx)}
 ---
 
-# {name.rsplit("/", 1)[-1]}, pruned
+# {name.rsplit("/", 1)[-1]}, {changed}
 
-Sublayers were physically removed by prune-attn {plan["tool"]["version"]} from
+{did} by prune-attn {plan["tool"]["version"]} from
 {origin}.
 The tensors that are left are the source's{f", converted to {plan['converted_to']}" if plan["converted_to"] else ""}.
 
-- attention removed at layers: {_numbers(plan["attention"])}
-- MLP removed at layers: {_numbers(plan["mlp"])}
+- attention removed at layers: {_numbers(attention)}
+- MLP removed at layers: {_numbers(mlp)}
 - chosen by: {how}, see `pruning_plan.json`
 
-`{_strip(plan)}` (█ kept, ░ attention removed, ▒ MLP removed, · both; from layer 0)
+`{_strip(plan, attention, mlp)}` (█ kept, ░ attention removed, ▒ MLP removed, · both; from layer 0)
 
 | | before | after |
 |---|---:|---:|
@@ -195,12 +199,19 @@ The tensors that are left are the source's{f", converted to {plan['converted_to'
 """.encode()
 
 
-def _numbers(layers: list[int]) -> str:
+def _gone(plan: dict[str, Any]) -> tuple[set[int], set[int]]:
+    """Layers without attention and without MLP, those that were dropped before included."""
+    result, layers = plan["result"], plan["model"]["numbered_layers"]
+    if result["num_hidden_layers"] != layers:  # renumbered: nothing is missing from those that are left
+        return set(plan["attention"]), set(plan["mlp"])
+    return set(range(layers)) - set(result["attention"]), set(range(layers)) - set(result["mlp"])
+
+
+def _numbers(layers: set[int]) -> str:
     return ", ".join(map(str, sorted(layers))) or "none"
 
 
-def _strip(plan: dict[str, Any]) -> str:
-    attention, mlp = set(plan["attention"]), set(plan["mlp"])
+def _strip(plan: dict[str, Any], attention: set[int], mlp: set[int]) -> str:
     return "".join("█░▒·"[(i in attention) + 2 * (i in mlp)] for i in range(plan["model"]["numbered_layers"]))
 
 
@@ -219,7 +230,7 @@ def _metadata(plan: dict[str, Any], theirs: dict[str, Any], licence: Licence | N
         base_model=made_from["source"]["hub"]["repo_id"] if made_from else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "attention-pruning", *(["onnx"] if onnx else [])],
+        tags=[*(["pruned", "attention-pruning"] if any(_gone(plan)) else []), *(["onnx"] if onnx else [])],
         **({"license": licence.key} if licence else {}) | carried,
     ).to_yaml()
 

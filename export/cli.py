@@ -151,9 +151,9 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
         + (f" --revision {shlex.quote(options['revision'])}" if options["revision"] else "")
         + (f" --cache-dir {shlex.quote(options['cache_dir'])}" if options["cache_dir"] else "")
     )
+    _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
     for pushed in result.pushed:
         _print_push(pushed)
-    _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
 
 
 @cli.command()
@@ -398,7 +398,7 @@ def main() -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)  # all is done; an interrupt now would only print a traceback
     if text:
         click.echo(f"prune-attn: {' '.join(text.split())}", err=True)
-    if code > 128 and threading.active_count() > 1:  # transfers, whose end nobody waits for
+    if isinstance(code, int) and code > 128 and threading.active_count() > 1:  # transfers, whose end nobody waits for
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -69,9 +69,11 @@ def verify(
     output = Path(output)
     if not output.is_dir():
         raise PruneAttnError(f"{output}: no such directory; give one that prune-attn convert wrote")
+    source = None
     if against is not None:
-        against = fetch(against, revision=revision, cache_dir=cache_dir, progress=progress)
-    source = None if against is None else open_checkpoint(against)
+        source = open_checkpoint(fetch(against, revision=revision, cache_dir=cache_dir, progress=progress))
+    elif revision is not None or cache_dir is not None:
+        raise PruneAttnError("--revision and --cache-dir belong to a Hub id given with --against; leave them out")
     result = Verification(output, None if source is None else source.path)
     facts = record.read_record(output)
     if facts is None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import SHIPPED
 from huggingface_hub import ModelCard
 
-from export import convert, verify
+from export import convert, export, verify
 from export.card import update_card
 from export.licence import licence_notes, llama_licence
 from pruner import PruneAttnError
@@ -85,6 +85,19 @@ def test_metadata(tmp_path):
     data = ModelCard((tmp_path / "twice" / "README.md").read_text()).data
     assert data.base_model == "meta-llama/Llama-2-5m-hf"
     assert data.license == "llama2"
+
+
+def test_what_went_before_and_where_nothing_goes(tmp_path):
+    convert(SHIPPED, tmp_path / "once", layers="9")
+    convert(tmp_path / "once", tmp_path / "twice", layers="5")
+    text = (tmp_path / "twice" / "README.md").read_text()
+    assert "█████░███░██" in text
+    assert "attention removed at layers: 5, 9" in text
+    export(SHIPPED, tmp_path / "exported")
+    text = (tmp_path / "exported" / "README.md").read_text()
+    assert "# gutenberg-llama-5m, laid out anew\n" in text
+    assert "removed at layers: none" in text
+    assert ModelCard(text).data.tags == ["onnx"]
 
 
 def test_without_anything_known(tmp_path, out):

@@ -15,6 +15,7 @@ from export.onnx import GRAPH
 from export.safetensors import read_as
 from export.target import output_config, source_names
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
+from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
@@ -49,20 +50,27 @@ def verify(
     output: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> Verification:
     """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect, and that
     ``model.onnx``, where there is one, belongs to these shards. No weights are read.
 
     With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
-    ``--dtype`` was used), every dropped one gone, and the same configuration again. ``progress`` is called with (bytes
-    compared, bytes in all). Raises ``PruneAttnError`` only where ``output`` is no directory or ``against`` no
-    checkpoint; all else is reported as problems.
+    ``--dtype`` was used), every dropped one gone, and the same configuration again. It may be a Hub id (at
+    ``revision``, through ``cache_dir``), which is fetched. ``progress`` is called with (bytes compared, bytes in all),
+    while fetching with "fetching" as a third argument. Raises ``PruneAttnError`` only where ``output`` is no directory
+    or ``against`` no checkpoint; all else is reported as problems.
     """
     output = Path(output)
-    source = None if against is None else open_checkpoint(against)
     if not output.is_dir():
         raise PruneAttnError(f"{output}: no such directory; give one that prune-attn convert wrote")
+    source = None
+    if against is not None:
+        source = open_checkpoint(fetch(against, revision=revision, cache_dir=cache_dir, progress=progress))
+    elif revision is not None or cache_dir is not None:
+        raise PruneAttnError("--revision and --cache-dir belong to a Hub id given with --against; leave them out")
     result = Verification(output, None if source is None else source.path)
     facts = record.read_record(output)
     if facts is None:
@@ -122,8 +130,8 @@ def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> I
 
 
 def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    made_from = {k: v for k, v in facts["source"].items() if k != "name"}
-    if made_from != {k: v for k, v in source.fingerprint().items() if k != "name"}:
+    found = source.fingerprint()
+    if any(facts["source"].get(key) != found[key] for key in ("config_sha256", "shards")):  # wherever it lies
         yield f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
         return
     try:

@@ -45,7 +45,7 @@ class Checkpoint:
     def name(self) -> str:
         """What people call it: ``owner/name`` in the Hub's cache, elsewhere the directory's name."""
         path = self.path.resolve()
-        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        if _in_hub_cache(path):
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
         return os.fsencode(path.name).decode("utf-8", "replace")
 
@@ -68,12 +68,22 @@ class Checkpoint:
         return tuple(sorted(sizes, key=lambda d: (-sizes[d], d)))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies this checkpoint in a plan: SHA-256 of the config and of each ``Shard``'s header."""
+        """What identifies this checkpoint in a plan: SHA-256 of the config and of each ``Shard``'s header.
+
+        In the Hub's cache also the repository and its commit (``hub``).
+        """
+        path = self.path.resolve()
+        hub = {"repo_id": self.name, "commit": path.name} if _in_hub_cache(path) else None
         return {
             "name": self.name,
+            **({"hub": hub} if hub else {}),
             "config_sha256": self.config_sha256,
             "shards": {s.path.name: {"size": s.size, "header_sha256": s.header_sha256} for s in self.shards},
         }
+
+
+def _in_hub_cache(path: Path) -> bool:
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
 def read_json(path: Path) -> tuple[Any, str]:

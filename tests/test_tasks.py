@@ -191,7 +191,7 @@ def test_cloze_data_is_what_the_script_writes():
 def task_file(tmp_path):
     """Two local tasks of other kinds, with few-shot examples; the answer is always the third word."""
     rng = random.Random(0)
-    words = "garden carriage sister letter fortune evening morning father".split()
+    words = ["garden", "carriage", "sister", "letter", "fortune", "evening", "morning", "father"]
     rows = [{"words": rng.sample(words, 3)} for _ in range(6)]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -269,14 +269,16 @@ def test_names(monkeypatch, tmp_path):
 
 def test_data_that_is_not_there(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(PruneAttnError, match="task arc_easy: its data cannot be loaded .*run it once online") as caught:
+    with pytest.raises(
+        PruneAttnError, match=r"task arc_easy: its data cannot be loaded .*run it once online"
+    ) as caught:
         run_tasks(lambda: 1 / 0, tokenizer, "arc_easy")
     assert "\n" not in str(caught.value)
     (tmp_path / "t.yaml").write_text(
         "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\ntest_split: test\n"
         "doc_to_text: a\ndoc_to_target: b\n"
     )
-    with pytest.raises(PruneAttnError, match="t.yaml: its data cannot be loaded"):
+    with pytest.raises(PruneAttnError, match=r"t\.yaml: its data cannot be loaded"):
         run_tasks(lambda: 1 / 0, tokenizer, str(tmp_path / "t.yaml"))
 
 
@@ -303,8 +305,10 @@ def test_comparison_is_paired():
 
     before, after = [1, 1, 0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 1, 1, 1]
     row = compare_tasks(results(before), results(after))["tasks"]["a"]
-    assert row["difference"] == 0 and row["ratio"] == 1
+    assert row["difference"] == 0
+    assert row["ratio"] == 1
     assert row["stderr"] == pytest.approx(np.std(np.subtract(after, before), ddof=1) / np.sqrt(8))
     same = compare_tasks(results(before), results(before))
-    assert same["average"]["stderr"] == 0 and same["average"]["ratio"] == 1
+    assert same["average"]["stderr"] == 0
+    assert same["average"]["ratio"] == 1
     assert compare_tasks(results(before), results(after[:4]))["tasks"]["a"]["stderr"] is None

@@ -293,7 +293,7 @@ def _evaluate(
         lm = LanguageModelLM(model, tokenizer, **options)
     while True:
         random.seed(seeds[0])
-        np.random.seed(seeds[1])  # noqa: NPY002, what the tasks draw from
+        np.random.seed(seeds[1])
         torch.manual_seed(seeds[1])
         lm.truncated = 0
         full = None

@@ -298,6 +298,48 @@ def test_openllm_is_the_harness_own_group():
         assert filtered in [f["name"] for f in fields.get("filter_list", [{"name": "none"}])], name
 
 
+def test_openllm_end_to_end(onnx_model, tokenizer, monkeypatch):
+    """The six tasks' own code on rows of the real data sets' shape, which cannot be fetched here."""
+    import datasets
+
+    choices = ["a garden", "a sister", "a letter", "a carriage"]
+    rows = {
+        "allenai/ai2_arc": {
+            "id": "1", "question": "What is read?", "choices": {"text": choices, "label": ["A", "B", "C", "D"]},
+            "answerKey": "C",
+        },
+        "Rowan/hellaswag": {
+            "ind": 1, "activity_label": "Reading", "ctx_a": "She took it.", "ctx_b": "then she", "ctx": "",
+            "endings": ["read it.", "ate it.", "wore it.", "drove it."], "label": "0",
+        },
+        "truthfulqa/truthful_qa": {
+            "question": "What is read?", "mc1_targets": {"choices": choices, "labels": [1, 0, 0, 0]},
+            "mc2_targets": {"choices": choices, "labels": [1, 1, 0, 0]},
+        },
+        "cais/mmlu": {"question": "What is read?", "subject": "x", "choices": choices, "answer": 2},
+        "allenai/winogrande": {"sentence": "Emma wrote to Jane as _ was away.", "option1": "Emma", "option2": "Jane",
+                               "answer": "2"},
+        "openai/gsm8k": {"question": "How many are two and two?", "answer": "Two and two.\n#### 4"},
+    }  # fmt: skip
+
+    def load_dataset(path, **_):
+        text = next(key for key in ("question", "ctx_a", "sentence") if key in rows[path])
+        data = datasets.Dataset.from_list([rows[path] | {text: f"{i}. {rows[path][text]}"} for i in range(30)])
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test", "dev"), data))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    results = run_tasks(lambda: onnx_model, tokenizer, "openllm", limit=1, batch=16)
+    entries = results["tasks"]
+    assert {name: (e["metric"], e["filter"], e["shots"], e["n"]) for name, e in entries.items()} == {
+        "arc_challenge": ("acc_norm", "none", 25, 1), "hellaswag": ("acc_norm", "none", 10, 1),
+        "truthfulqa_mc2": ("acc", "none", 0, 1), "mmlu": ("acc", "none", 5, 57), "winogrande": ("acc", "none", 5, 1),
+        "gsm8k": ("exact_match", "strict-match", 5, 1),
+    }  # fmt: skip
+    assert results["averaged"] == list(entries)
+    assert results["average"] == pytest.approx(np.mean([e["value"] for e in entries.values()]))
+    assert entries["mmlu"]["value"] == pytest.approx(np.mean(entries["mmlu"]["items"]))
+
+
 def test_comparison_is_paired():
     def results(items, metric="acc"):
         entry = {"metric": metric, "value": float(np.mean(items)), "items": list(items), "hash": "h"}

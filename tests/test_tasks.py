@@ -220,6 +220,11 @@ def test_a_task_file_with_shots(torch_model, onnx_model, tokenizer, task_file):
     assert run(torch_model, seed=5) == run(torch_model, seed=5)
 
 
+def test_one_name_for_two_tasks(tokenizer, task_file):
+    with pytest.raises(PruneAttnError, match="last_word: asked for twice"):
+        run_tasks(lambda: 1 / 0, tokenizer, [f"{task_file}@3", f"{task_file}@1"])
+
+
 def test_finished_tasks_are_not_run_again(torch_model, tokenizer, task_file):
     saved = {}
     first = run_tasks(lambda: torch_model, tokenizer, [task_file.as_posix()], save=saved.__setitem__)

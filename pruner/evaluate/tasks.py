@@ -52,6 +52,11 @@ class _Task:
     def __str__(self) -> str:
         return self.name if self.shots is None else f"{self.name}@{self.shots}"
 
+    @property
+    def path(self) -> Path | None:
+        """Its task file; ``None`` for one of the harness."""
+        return SHIPPED.get(self.name) or (Path(self.name) if self.name.endswith((".yaml", ".yml")) else None)
+
 
 def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
     """The tasks that a request stands for; nothing is fetched.
@@ -97,6 +102,7 @@ def run_tasks(
         stack.enter_context(_quiet())
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-attn-", ignore_cleanup_errors=True))
         loaded = {task: _load(task, cache, other) for task in todo}
+        _check_apart(loaded)
         model = make_model() if todo else None
         for task in todo:
             entries = _evaluate(
@@ -105,12 +111,7 @@ def run_tasks(
             done[str(task)] = entries
             if save:
                 save(str(task), entries)
-    found: dict[str, Any] = {}
-    for task in wanted:
-        for name, entry in done[str(task)].items():
-            if found.get(name, entry)["shots"] != entry["shots"]:
-                raise PruneAttnError(f"task {name} was asked for with different numbers of shots; ask for one of them")
-            found[name] = entry
+    found = {name: entry for task in wanted for name, entry in done[str(task)].items()}
     averaged = [name for name, entry in found.items() if _is_share(entry)]
     return {
         "harness": __version__,
@@ -221,7 +222,7 @@ def _load(task: _Task, cache: str, seed: int) -> TaskDict:
     """The harness's task objects with their data. Raises ``PruneAttnError`` where the data cannot be had."""
     from lm_eval.tasks import TaskManager
 
-    path = SHIPPED.get(task.name) or (Path(task.name) if task.name.endswith((".yaml", ".yml")) else None)
+    path = task.path
     try:
         if path:
             fields = _task_file(path, functions=True)
@@ -249,6 +250,16 @@ def _load(task: _Task, cache: str, seed: int) -> TaskDict:
         one.set_config(key="num_fewshot", value=own_shots or 0 if task.shots is None or own_shots == 0 else task.shots)
         one.set_fewshot_seed(seed=seed)
     return loaded
+
+
+def _check_apart(loaded: dict[_Task, TaskDict]) -> None:
+    """Raise ``PruneAttnError`` where one name would stand for two things in the results."""
+    taken: dict[str, Any] = {}
+    for task, data in loaded.items():
+        for name, one in data["tasks"].items():
+            what = (task.path, one.get_config("num_fewshot"))
+            if taken.setdefault(name, what) != what:
+                raise PruneAttnError(f"task {name}: asked for twice, from two files or with two numbers of shots")
 
 
 def _beside(files: Any, folder: Path) -> Any:

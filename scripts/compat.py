@@ -243,13 +243,15 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def venv(name: str, engine: Engine) -> Path:
-    """The interpreter of the engine's venv, made where it is not there yet. Raises CalledProcessError (pip's words)."""
+    """The interpreter of the engine's venv, made where it is not there yet. Raises RuntimeError with the reason."""
     if not engine.installs:
         return Path(sys.executable)
     directory = ROOT / ".venvs" / re.sub(r"\W+", "-", engine.venv or name)
     python, stamp = directory / "bin" / "python", json.dumps([engine.installs, engine.remove, engine.sdist])
     if (directory / ".done").is_file() and (directory / ".done").read_text() == stamp:
         return python
+    if engine.sdist and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise RuntimeError("no C++ compiler (apt-get install g++, or set CXX)")
     print(f"setting up {directory.relative_to(ROOT)} ...", file=sys.stderr)
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2"} | os.environ
     pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
@@ -260,7 +262,10 @@ def venv(name: str, engine: Engine) -> Path:
     if engine.sdist:
         steps.append([*pip, "download", "--no-deps", "--no-binary", ":all:", "-d", directory, engine.sdist])
     for step in steps:
-        subprocess.run(step, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(step, check=False, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")] or ["pip failed"]
+            raise RuntimeError(said[0][7:300])
     for archive in directory.glob("*.tar.gz"):
         shutil.unpack_archive(archive, directory)
         archive.unlink()
@@ -305,12 +310,10 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
     label = re.sub(r"(, old|, CUDA| \d)$", "", name)
     try:
         python = venv(name, engine)
-    except subprocess.CalledProcessError as error:
-        said = [line for line in (error.stderr or "").splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        why = said[0].removeprefix("ERROR: ")[:300]
+    except RuntimeError as error:
         return (
             f"| {label} | {date.today()} | {' | '.join('?' for _ in CASES)} |",
-            [f"{label}: could not be installed here: {why}"],
+            [f"{label}: could not be installed: {error}"],
             [],
         )
     cells, notes, broken, version = [], {}, [], None

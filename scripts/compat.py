@@ -373,14 +373,15 @@ def main() -> None:
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="compat-") as work:
         asked = requests(Path(work))
-        ran = {name: run(name, asked, logs) for name in chosen}
-    rows = {name: {"row": row, "notes": notes} for name, (row, notes, _) in ran.items()}
-    for row in rows.values():
-        print(row["row"], *(f"  {note}" for note in row["notes"]), sep="\n")
+        ran, rows = {}, {}
+        for name in chosen:
+            ran[name] = row, notes, _ = run(name, asked, logs)
+            rows[name] = {"row": row, "notes": notes}
+            print(row, *(f"  {note}" for note in notes), sep="\n", flush=True)
+            if arguments.readme:  # each at once: it takes long
+                write_readme(rows)
     if arguments.save:
         arguments.save.write_text(json.dumps(rows))
-    if arguments.readme:
-        write_readme(rows)
     broken = [line for _, _, lines in ran.values() for line in lines]
     for line in broken:
         print(f"not as expected: {line}", file=sys.stderr)

@@ -190,12 +190,23 @@ def verify(output: str, against: str | None, as_json: bool, **options: Any) -> N
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Convert the weights; only into an OUTPUT."
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file there.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it; replace FILE.")
+@click.option("--gguf", type=_PATH, metavar="FILE", help="Write a GGUF file for llama.cpp, and nothing else.")
 @_REVISION
 @_CACHE
 @_JSON
-def export(directory: str, output: str | None, as_json: bool, **options: Any) -> None:
+def export(directory: str, output: str | None, as_json: bool, gguf: str | None, **options: Any) -> None:
     """Write model.onnx and genai_config.json: in place, or for any Llama into OUTPUT."""
+    if gguf is not None:
+        from export.gguf import write_gguf
+
+        with _progress("writing") as progress:
+            written = write_gguf(directory, gguf, overwrite=options["overwrite"], progress=progress)
+        if as_json:
+            _print_json(written)
+        else:
+            click.echo(f"{gguf}: {_bytes(written['bytes'])}; next: llama-cli -m {shlex.quote(gguf)}")
+        return
     from export.deliver import export
 
     with _progress("writing") as progress:

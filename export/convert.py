@@ -254,11 +254,16 @@ def _notes(result: Decoder, config: dict[str, Any]) -> list[str]:
         return notes
     if dialect.engine_intermediate_size(result) != result.intermediate_size:
         notes.append(
-            f"intermediate_size {result.intermediate_size} is no multiple of 256: vLLM, llama.cpp and mlx-lm will "
-            "not load this; transformers and ONNX Runtime will"
+            f"intermediate_size {result.intermediate_size} is no multiple of 256: mlx-lm, SGLang and llama.cpp's "
+            "own converter will not load this; transformers, vLLM, ONNX Runtime and export --gguf will"
         )
     if not result.attention[0]:
-        notes.append("layer 0 has no attention: vLLM and llama.cpp will not run this; transformers will")
+        notes.append(
+            "layer 0 has no attention: vLLM and llama.cpp's own converter will not run this; "
+            "transformers, ONNX Runtime and export --gguf will"
+        )
+    if any(a and not m for a, m in zip(result.attention, result.mlp, strict=True)):
+        notes.append("attention without its MLP: llama.cpp's own converter gets this wrong; export --gguf does not")
     return notes
 
 

@@ -289,13 +289,10 @@ class _Run:
     def _task_names(self) -> list[str]:
         if "tasks" not in self.parts_wanted:
             return []
-        try:
-            import lm_eval  # noqa: F401
-        except ImportError:
-            raise PruneAttnError('--tasks needs lm-evaluation-harness; pip install "prune-attn[eval]"') from None
-        from pruner.evaluate.tasks import task_names
+        from pruner.evaluate.tasks import resolve_tasks
 
-        return task_names(self.options["tasks"])
+        self.tokenizer = load_tokenizer(self.checkpoints["original"].path)
+        return resolve_tasks([part.strip() for part in self.options["tasks"].split(",") if part.strip()])
 
     # -- the parts -----------------------------------------------------------------------------------------------------
 
@@ -394,7 +391,7 @@ class _Run:
         try:
             context = max(p for _, p in self.cases) + self.options["new_tokens"] if self.cases else 1
             if purpose == "score":
-                context = max(context, self.window if self.text else 1, _CHECKED[1])
+                context = self.context if self.tasks else max(context, self.window if self.text else 1, _CHECKED[1])
             return open_model(
                 backend, self._directory(backend, name, purpose), self.device, self.dtypes[backend],
                 min(context, self.context),
@@ -597,22 +594,31 @@ class _Run:
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
     def _tasks(self, backend: str) -> dict[str, Any]:
-        from pruner.evaluate.tasks import run_tasks
+        from pruner.evaluate.tasks import compare_tasks, run_tasks
 
-        out: dict[str, Any] = {}
+        limit, out = self.options["limit"], {}
         for name in MODELS:
+            done: dict[str, Any] = {}
+            options = [name, limit, self.options["seed"]]
+            for task in self.tasks:  # each is saved when it is done
+                part = self.parts.saved(f"task-{backend}-{name}-{task}", options)
+                if part is not None:
+                    done[task] = part
 
-            def measure(name: str = name) -> dict[str, Any]:
-                return run_tasks(
-                    lambda: self._open(backend, name, "score"), self.tasks, limit=self.options["limit"], seed=self.seed,
-                    progress=lambda a, b: self.progress(f"tasks, {backend}, {name}", a, b),
-                )  # fmt: skip
+            def save(task: str, value: Any, name: str = name, options: Any = options) -> None:
+                self.parts.save(f"task-{backend}-{name}-{task}", options, value)
 
-            out[name] = self.parts.get(f"tasks-{backend}-{name}", [self.tasks, self.options["limit"]], measure)
+            out[name] = run_tasks(
+                lambda name=name: self._open(backend, name, "score"), self.tokenizer, self.tasks, limit=limit,
+                max_length=self.context, done=done, save=save,
+                progress=lambda task, a, b, name=name: self.progress(f"{task}, {backend}, {name}", a, b),
+            )  # fmt: skip
             self.close()
-        averages = [out[name].get("average") for name in MODELS]
-        out["average_ratio"] = averages[1] / averages[0] if all(averages) else None
-        return out
+        compared = compare_tasks(out["original"], out["pruned"])
+        for facts in out.values():
+            for entry in facts["tasks"].values():
+                entry.pop("items", None)  # compared above, and long
+        return {**out, "compared": compared, "average_ratio": (compared["average"] or {}).get("ratio")}
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,28 +25,33 @@ class Parts:
 
     def get(self, name: str, options: Any, make: Callable[[], Any]) -> Any:
         """The saved value of this part, or ``make()``'s, which is saved."""
-        path, key = self._folder / f"{name}.json", _digest([self._key, options])
+        value = self.saved(name, options)
+        return self.save(name, options, make()) if value is None else value
+
+    def saved(self, name: str, options: Any) -> Any:
+        """``None`` where this part was not finished, with these options."""
         try:
-            saved = json.loads(path.read_bytes())
-            if saved["key"] == key:
+            found = json.loads(self._path(name).read_bytes())
+            if found["key"] == _digest([self._key, options]):
                 self.reused.append(name)
-                return saved["value"]
+                return found["value"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        value = json.loads(json.dumps(make(), allow_nan=False))  # as it will be read again, so that both runs agree
+        return None
+
+    def save(self, name: str, options: Any, value: Any) -> Any:
+        """The value as it will be read again, so that a run that was stopped and one that was not agree."""
+        value = json.loads(json.dumps(value, allow_nan=False))
         self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(name)
         temporary = path.with_suffix(".new")
         temporary.unlink(missing_ok=True)
-        write_file(temporary, json.dumps({"key": key, "value": value}).encode())
+        write_file(temporary, json.dumps({"key": _digest([self._key, options]), "value": value}).encode())
         os.replace(temporary, path)
         return value
 
-    def has(self, name: str, options: Any) -> bool:
-        """Whether ``get`` would not have to make it."""
-        try:
-            return json.loads((self._folder / f"{name}.json").read_bytes())["key"] == _digest([self._key, options])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{re.sub('[^A-Za-z0-9._@-]', '_', name)[:150]}-{_digest(name)[:8]}.json"
 
     def remove(self) -> None:
         """All is written where it belongs."""

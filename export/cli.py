@@ -290,6 +290,83 @@ def _print_push(result: Push) -> None:
         _print(_escape(f"pushed: {result.pull_request or result.url}"))
 
 
+@cli.command()
+@click.argument("original", type=_PATH)
+@click.argument("pruned", type=_PATH)
+@click.option("--text", type=_PATH, help="UTF-8 text that neither model has seen. Without it no accuracy is measured.")
+@click.option("-o", "--output", type=_PATH, help="Where the report goes.  [default: PRUNED/report]")
+@click.option("--backend", metavar="B,B", help="torch, onnx.  [default: both, where PRUNED has a model.onnx]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", help="What PyTorch computes in.  [default: float32 on the CPU, as stored on CUDA]")
+@click.option("--only", metavar="P,P", help="same-function, accuracy, tasks, latency.  [default: all]")
+@click.option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N examples of each task.")
+@click.option(
+    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, <= 4096]"
+)
+@click.option("--stride", type=click.IntRange(1), metavar="N", help="Tokens between windows.  [default: half a window]")
+@click.option(
+    "--bos",
+    type=click.Choice(["once", "every", "none"]),
+    default="once",
+    show_default=True,
+    help="BOS before the text, before every window, or not at all.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Take only the text's first N tokens.")
+@click.option("--batch", metavar="N,N", default="1,8", show_default=True, help="Rows that are timed together.")
+@click.option("--prompt", metavar="N,N", help="Prompt lengths that are timed.  [default: 128,512,2048, what fits]")
+@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Timed after each prompt.")
+@click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="Times that each model is run.")
+@click.option("--seconds", type=float, default=60, show_default=True, help="After that long, 3 repeats are enough.")
+@click.option("--compiled/--no-compiled", default=None, help="Time transformers compiled too.  [default: on CUDA]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same accuracy.")
+@click.option("--work", type=_PATH, metavar="DIR", help="Place for temporary graphs and weights.  [default: OUTPUT]")
+@click.option("--max-perplexity-increase", metavar="P%", help="Limit: exit with 3 where it is broken.")
+@click.option("--min-agreement", metavar="X", help="Limit: share of tokens with the same most likely one.")
+@click.option("--min-task-average-ratio", metavar="X", help="Limit: pruned over original.")
+@click.option("--min-decode-speedup", metavar="X", help="Limit: of each backend, over all batches and prompts.")
+@_JSON
+def validate(original: str, pruned: str, as_json: bool, **options: Any) -> None:
+    """Measure PRUNED against ORIGINAL and write a report. Exits with 3 where a limit is broken.
+
+    A run that was stopped goes on where it was when it is started again. Exits with 1 where PRUNED is not ORIGINAL
+    without those sublayers.
+    """
+    _validate(original, pruned, as_json, options)
+
+
+def _validate(original: str, pruned: str, as_json: bool, options: dict[str, Any]) -> None:
+    from export.validate import validate
+
+    with _steps() as progress:
+        done = validate(original, pruned, progress=progress, **options)
+    if as_json:
+        _print_json(done.results)
+    elif done.exit_code != 1:
+        from export.report.content import glance_rows
+
+        table = _table("", "original", "pruned", "change")
+        for row in glance_rows(done.results):
+            table.add_row(*map(_escape, row))
+        notes = (_escape(f"note: {note}") for note in done.results["notes"])
+        _print(table, "in brackets: 95% intervals", *notes, _escape(f"the report lies in {done.output}/report.html"))
+    for problem in done.problems:
+        click.echo(problem, err=True)
+    if done.exit_code:
+        sys.exit(done.exit_code)
+
+
+@cli.command()
+@click.argument("results", type=_PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=_PATH, required=True, help="Where the files go.")
+def report(results: tuple[str, ...], output: str) -> None:
+    """Render a results.json again, or several side by side."""
+    from export.report.write import report
+
+    for path in report(results, output):
+        click.echo(path)
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +442,39 @@ def _progress(verb: str) -> Iterator[Callable[..., None] | None]:
             bar.update(task, completed=done, total=total, description=what, visible=True)
 
         yield show
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each part of a long job on a terminal's standard error; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                for old in tasks.values():
+                    bar.remove_task(old)
+                tasks.clear()
+                tasks[label] = bar.add_task(label, total=total)
+            bar.update(tasks[label], completed=done, total=total)
+
+        yield update
 
 
 # -- entry -------------------------------------------------------------------------------------------------------------

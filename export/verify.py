@@ -92,7 +92,7 @@ def verify(
         result.problems += _source(output, facts, checkpoint, source)
         if not result.problems:
             left = source.decoder.without(facts["attention"], facts["mlp"])
-            _compare(checkpoint, source, left, result, progress)
+            compare_tensors(checkpoint, source, left, result, progress)
     return result
 
 
@@ -157,7 +157,7 @@ def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source:
             yield f"{output / name}: is not {source.path}'s; convert again"
 
 
-def _compare(
+def compare_tensors(
     checkpoint: Checkpoint,
     source: Checkpoint,
     left: Decoder,

@@ -16,6 +16,7 @@ from export.companions import companions
 from export.deliver import RUNS_ON, runtime_files
 from export.onnx import GRAPH, GraphOptions
 from export.safetensors import OutputShard, plan_shards, write_file, write_shards
+from export.select import partial_path
 from export.staging import check_space, check_target, staged
 from export.target import output_config, output_entries
 from export.verify import verify
@@ -23,7 +24,8 @@ from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
-from pruner.plan import PLAN_FILE, PruningPlan, plan_drop, plan_layers, read_plan
+from pruner.plan import PLAN_FILE, PruningPlan, plan_layers, read_plan
+from pruner.select import select
 from pruner.summary import totals
 
 
@@ -76,8 +78,14 @@ def choose(
     strategy: str | None,
     allow_first_layer: bool,
     allow_all: bool,
+    **calibration: Any,
 ) -> PruningPlan:
-    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing."""
+    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing.
+
+    ``calibration`` is what ``pruner.select.select`` takes besides.
+    """
+    if calibration.get("text") is not None and (plan is not None or layers is not None):
+        raise PruneAttnError("--text is for choosing by it; leave it out, or leave out --plan and --layers")
     if plan is not None:
         for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
             if value is not None:
@@ -90,13 +98,14 @@ def choose(
         return plan_layers(checkpoint, layers, sublayer or "attention")
     if drop is None:
         raise PruneAttnError("nothing to drop; say --drop 33%, --layers 22-29,31 or --plan plan.json")
-    return plan_drop(
+    return select(
         checkpoint,
-        drop,
-        sublayer or "attention",
-        strategy or "last",
+        drop=drop,
+        sublayer=sublayer or "attention",
+        strategy=strategy,
         allow_first_layer=allow_first_layer,
         allow_all=allow_all,
+        **calibration,
     )
 
 
@@ -116,16 +125,28 @@ def convert(
     allow_first_layer: bool = False,
     allow_all: bool = False,
     onnx: bool = True,
+    text: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    objective: str | None = None,
+    resume: bool = False,
+    choosing: Callable[[float, float, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write ``source`` to ``output`` with sublayers physically removed.
 
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
-    (default ``last``), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
+    (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
     then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
     ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch. ``onnx`` writes
     ``model.onnx`` and ``genai_config.json`` too; a model that they cannot express is converted all the same, without
     them and with a note that says why.
+
+    ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
+    ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there.
 
     ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
     is called with (bytes written, bytes in all). Raises ``PruneAttnError`` for bad input, with nothing written, and
@@ -137,6 +158,8 @@ def convert(
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     checkpoint = open_checkpoint(source)
+    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
+    partial = partial_path(output.with_name(f"{output.name}.plan"))
     chosen = choose(
         checkpoint,
         drop=None if drop is None else str(drop),
@@ -146,9 +169,18 @@ def convert(
         strategy=strategy,
         allow_first_layer=allow_first_layer,
         allow_all=allow_all,
+        text=text,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        objective=objective,
+        partial=partial,
+        resume=resume,
+        progress=choosing,
+        say=say,
     )
     result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
-    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
 
     config = output_config(checkpoint, result, target_dtype)
     shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
@@ -169,6 +201,7 @@ def convert(
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
             _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
+    partial.unlink(missing_ok=True)
     return conversion
 
 

@@ -25,16 +25,16 @@ _STRATEGIES = ["last", "keep-last", "similarity", "search", "exhaustive"]
 
 def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, used as the options beside it are
     """What ``select`` and ``convert`` have in common."""
-    kinds = click.Choice(["kl", "ce"])
+    kinds, devices, strategies = (click.Choice(c) for c in (["kl", "ce"], ["cpu", "cuda"], _STRATEGIES))
     for name, settings in (
         ("--resume", {"is_flag": True, "help": "Go on from where a stopped run got to, to the same plan."}),
         ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
-        ("--device", {"type": click.Choice(["cpu", "cuda"]), "default": "cpu", "help": "Runs the windows.  [default: cpu]"}),
+        ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
         ("--seed", {"type": int, "default": 0, "help": "Where in the text the windows lie.  [default: 0]"}),
-        ("--length", {"type": int, "metavar": "N", "help": "Tokens a window.  [default: half the context, at most 2048]"}),
-        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
+        ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
+        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 32]"}),
         ("--text", {"type": _PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
-        ("--strategy", {"type": click.Choice(_STRATEGIES), "help": "Which go first.  [default: last; search with --text]"}),
+        ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
     ):  # fmt: skip
         command = click.option(name, **settings)(command)
     return command

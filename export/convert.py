@@ -139,8 +139,8 @@ def convert(
     """Write ``source`` to ``output`` with sublayers physically removed.
 
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
-    (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
-    then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
+    (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by
+    ``plan`` (a file; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
     ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch. ``onnx`` writes
     ``model.onnx`` and ``genai_config.json`` too; a model that they cannot express is converted all the same, without
     them and with a note that says why.

@@ -140,10 +140,10 @@ def convert(
 
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
     (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by
-    ``plan`` (a file; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
-    ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch. ``onnx`` writes
-    ``model.onnx`` and ``genai_config.json`` too; a model that they cannot express is converted all the same, without
-    them and with a note that says why.
+    ``plan`` (a file; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are
+    the source's bytes unless ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case besides a
+    ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too; a model that they cannot
+    express is converted all the same, without them and with a note that says why.
 
     ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
     ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there.

@@ -1,4 +1,4 @@
-"""How many calibration tokens it takes, and which objective: every set of some sizes, on calibration and on unseen text.
+"""How many calibration tokens it takes, and which objective: every set of some sizes, on calibration and unseen text.
 
     python scripts/study_selection.py run FILE.npz [--device cuda] [--layers 1,2,4] [--sizes 3,4,6] ...
     python scripts/study_selection.py analyse FILE.npz
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
         evaluator = Evaluator(checkpoint, ids, sublayer="attention", objective="kl", device=options.device)
         evaluator.losses(sets, done=lambda name=name: print(name, "batch done", flush=True))
         rows = [evaluator.known[s] for s in sets]  # batches of [ce, kl]
-        kept[name] = np.array([[sum((batch[c] for batch in row), []) for c in (0, 1)] for row in rows])
+        kept[name] = np.array([[[x for batch in row for x in batch[c]] for c in (0, 1)] for row in rows])
         np.savez_compressed(options.file, **kept)
 
 

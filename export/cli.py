@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 _PATH = click.Path()
 _REVISION = click.option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
 _CACHE = click.option("--cache-dir", type=_PATH, help="Where a Hub id is fetched to.  [default: the Hub's cache]")
+_STRATEGIES = ["last", "keep-last", "similarity", "search", "exhaustive"]
+
+
+def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, used as the options beside it are
+    """What ``select`` and ``convert`` have in common."""
+    kinds, devices, strategies = (click.Choice(c) for c in (["kl", "ce"], ["cpu", "cuda"], _STRATEGIES))
+    for name, settings in (
+        ("--resume", {"is_flag": True, "help": "Go on from where a stopped run got to, to the same plan."}),
+        ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
+        ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
+        ("--seed", {"type": int, "default": 0, "help": "Where in the text the windows lie.  [default: 0]"}),
+        ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
+        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 32]"}),
+        ("--text", {"type": _PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
+        ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
+    ):  # fmt: skip
+        command = click.option(name, **settings)(command)
+    return command
+
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
@@ -101,7 +121,7 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--sublayer", type=click.Choice(["attention", "mlp", "block"]), help="What to drop.  [default: attention]"
 )
-@click.option("--strategy", type=click.Choice(["last", "keep-last"]), help="Which go first.  [default: last]")
+@_CHOOSING
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -121,8 +141,8 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
 
-    with _progress("writing") as progress:
-        result = convert(source, output, progress=progress, **options)
+    with _choosing() as (choosing, say), _progress("writing") as progress:
+        result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
     if as_json:
         _print_json(result.to_json())
         return
@@ -154,6 +174,55 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
     _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
     for pushed in result.pushed:
         _print_push(pushed)
+
+
+@cli.command()
+@click.argument("source", type=_PATH)
+@click.option(
+    "--drop", metavar="N|P%", required=True, help="How many sublayers: a count, or a percentage of the original's."
+)
+@click.option("--sublayer", type=click.Choice(["attention", "mlp", "block"]), default="attention", show_default=True)
+@_CHOOSING
+@click.option("-o", "--output", type=_PATH, default="plan.json", show_default=True, help="Where the plan goes.")
+@click.option("--overwrite", is_flag=True, help="Replace the plan that lies there.")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
+@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@_JSON
+def select(source: str, output: str, as_json: bool, **options: Any) -> None:
+    """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
+    from export.select import select
+
+    with _choosing() as (progress, say):
+        result = select(source, output, progress=progress, say=say, **options)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    plan, facts = result.plan, result.plan.selection or {}
+    count = len({*plan.attention, *plan.mlp})
+    measure = facts.get("objective", "")
+    columns = [name for name in (measure, "perplexity") if facts and (name == measure or "perplexity" in facts)]
+    table = _table("", "layer", *columns)
+    for i, layer in enumerate(plan.order):
+        shown = [f"{facts['scores'][i]:.4f}"] if columns else []
+        shown += [f"{facts['perplexity'][i]:.2f}"] if "perplexity" in facts else []
+        table.add_row(f"{i + 1}{' <' if i + 1 == count else ''}", str(layer), *shown)
+    lines = [f"{plan.sublayer} by {plan.strategy}, in the order in which they go; the first {count} (<) are asked for"]
+    if "perplexity" in facts:
+        lines[0] += (
+            f"; {measure} and perplexity with all up to there dropped (none: {facts['original_perplexity']:.2f})"
+        )
+    after = [
+        f"of {n}, better than the first {n}: {', '.join(map(str, layers))}" for n, layers in (plan.sets or {}).items()
+    ]
+    if result.cost:
+        after.append(
+            "{seconds:.1f} s, {layer_evaluations:,.0f} layer evaluations, {tokens_per_second:,.0f} tokens/s".format(
+                **result.cost
+            )
+        )
+    where = shlex.quote(str(result.path))
+    after.append(_escape(f"next: prune-attn convert {shlex.quote(source)} OUTPUT --plan {where}"))
+    _print(*lines, table, *after)
 
 
 @cli.command()
@@ -475,6 +544,39 @@ def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
             bar.update(tasks[label], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def _choosing() -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
+    """Progress of a selection, and lines about it, on a terminal's standard error; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None, None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("choosing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("choosing", total=None, status="")
+
+    def progress(done: float, total: float, status: str) -> None:
+        if not bar.finished:
+            bar.start()
+        bar.update(task, completed=done, total=total, status=status)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield progress, lambda line: console.print(_escape(line))
+    finally:
+        bar.stop()
 
 
 # -- entry -------------------------------------------------------------------------------------------------------------

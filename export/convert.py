@@ -19,6 +19,7 @@ from export.hub import push as push_directory
 from export.licence import NOTICE, licence_notes, llama_licence
 from export.onnx import GRAPH, GraphOptions
 from export.safetensors import OutputShard, plan_shards, write_file, write_shards
+from export.select import partial_path
 from export.staging import check_space, check_target, staged
 from export.target import output_config, output_entries
 from export.verify import verify
@@ -27,8 +28,8 @@ from pruner.checkpoint.hub import find
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
-from pruner.plan import PLAN_FILE, PruningPlan, plan_drop, plan_layers, read_plan
-from pruner.select import POSITIONAL
+from pruner.plan import PLAN_FILE, PruningPlan, plan_layers, read_plan
+from pruner.select import POSITIONAL, select
 from pruner.summary import totals
 
 
@@ -83,8 +84,14 @@ def choose(
     strategy: str | None,
     allow_first_layer: bool,
     allow_all: bool,
+    **calibration: Any,
 ) -> PruningPlan:
-    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing."""
+    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing.
+
+    ``calibration`` is what ``pruner.select.select`` takes besides.
+    """
+    if calibration.get("text") is not None and (plan is not None or layers is not None):
+        raise PruneAttnError("--text is for choosing by it; leave it out, or leave out --plan and --layers")
     if plan is not None:
         for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
             if value is not None:
@@ -97,13 +104,14 @@ def choose(
         return plan_layers(checkpoint, layers, sublayer or "attention")
     if drop is None:
         raise PruneAttnError("nothing to drop; say --drop 33%, --layers 22-29,31 or --plan plan.json")
-    return plan_drop(
+    return select(
         checkpoint,
-        drop,
-        sublayer or "attention",
-        strategy or "last",
+        drop=drop,
+        sublayer=sublayer or "attention",
+        strategy=strategy,
         allow_first_layer=allow_first_layer,
         allow_all=allow_all,
+        **calibration,
     )
 
 
@@ -126,6 +134,15 @@ def convert(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     push: str | None = None,
+    text: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    objective: str | None = None,
+    resume: bool = False,
+    choosing: Callable[[float, float, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Conversion:
     """Write ``source`` to ``output`` with sublayers physically removed.
@@ -134,11 +151,14 @@ def convert(
     all is known to be well. ``push`` names the Hub repository that the output is then pushed to.
 
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
-    (default ``last``), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
-    then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
-    ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch. ``onnx`` writes
-    ``model.onnx`` and ``genai_config.json`` too; a model that they cannot express is converted all the same, without
-    them and with a note that says why.
+    (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by
+    ``plan`` (a file; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are
+    the source's bytes unless ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case besides a
+    ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too; a model that they cannot
+    express is converted all the same, without them and with a note that says why.
+
+    ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
+    ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there.
 
     ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
     is called with (bytes written, bytes in all), while fetching with "fetching" as a third argument. Raises
@@ -153,12 +173,14 @@ def convert(
         check_can_push(push)
     model = find(source, revision=revision, cache_dir=cache_dir)
     # what is refused is refused before gigabytes are fetched, unless they are needed to choose
-    afar = model is not None and model.has_headers and strategy in (None, *POSITIONAL)
+    afar = model is not None and model.has_headers and text is None and strategy in (None, *POSITIONAL)
     if model is None:
         checkpoint = open_checkpoint(source)
     else:
         checkpoint = model.headers if afar else open_checkpoint(model.fetch(progress=progress))
     source = checkpoint.path
+    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
+    partial = partial_path(output.with_name(f"{output.name}.plan"))
     chosen = choose(
         checkpoint,
         drop=None if drop is None else str(drop),
@@ -168,9 +190,18 @@ def convert(
         strategy=strategy,
         allow_first_layer=allow_first_layer,
         allow_all=allow_all,
+        text=text,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        objective=objective,
+        partial=partial,
+        resume=resume,
+        progress=choosing,
+        say=say,
     )
     result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
-    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
 
     config = output_config(checkpoint, result, target_dtype)
     shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
@@ -195,6 +226,7 @@ def convert(
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
             _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
+        partial.unlink(missing_ok=True)
         if push is not None:
             try:
                 conversion.pushed.append(push_directory(output, push, show_progress=progress is not None))

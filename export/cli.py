@@ -227,7 +227,7 @@ def generate(directory: str, as_json: bool, **options: Any) -> None:
 @click.option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N examples of each task.")
 @click.option(
-    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, <= 4096]"
+    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, at most 4096]"
 )
 @click.option("--stride", type=click.IntRange(1), metavar="N", help="Tokens between windows.  [default: half a window]")
 @click.option(

@@ -271,6 +271,9 @@ def _validate(original: str, pruned: str, as_json: bool, options: dict[str, Any]
         from export.report.content import glance_rows
 
         table = _table("", "original", "pruned", "change")
+        for column in table.columns:
+            column.no_wrap = False
+        table.columns[1].no_wrap = True
         for row in glance_rows(done.results):
             table.add_row(*map(_escape, row))
         notes = (_escape(f"note: {note}") for note in done.results["notes"])

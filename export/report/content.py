@@ -77,13 +77,8 @@ def glance_rows(results: dict[str, Any]) -> Iterator[list[str]]:
                 f"task average{_where(results, backend)}", f"{a:.2%}", f"{b:.2%}", f"{facts['average_ratio'] - 1:+.1%}",
             ]  # fmt: skip
     for backend, facts in results["latency"].items():
-        yield [f"decode speed, {RUNNERS[backend]}", "1", interval(facts["speedup"]["decode"]), _shown(facts, "decode")]
-        yield [
-            f"prefill speed, {RUNNERS[backend]}",
-            "1",
-            interval(facts["speedup"]["prefill"]),
-            _shown(facts, "prefill"),
-        ]
+        for what in ("decode", "prefill"):
+            yield [f"{what} speed, {_SHORT[backend]}", "1", interval(facts["speedup"][what]), _shown(facts, what)]
     a, b = results["models"]["original"], results["models"]["pruned"]
     for label, key in (("weights", "bytes"), ("KV cache a token", "kv_cache_bytes_per_token")):
         change = f"{b[key] / a[key] - 1:+.1%}" if a[key] else ""

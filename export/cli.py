@@ -371,7 +371,7 @@ def _print_push(result: Push) -> None:
 @click.option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N examples of each task.")
 @click.option(
-    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, <= 4096]"
+    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, at most 4096]"
 )
 @click.option("--stride", type=click.IntRange(1), metavar="N", help="Tokens between windows.  [default: half a window]")
 @click.option(
@@ -415,6 +415,9 @@ def _validate(original: str, pruned: str, as_json: bool, options: dict[str, Any]
         from export.report.content import glance_rows
 
         table = _table("", "original", "pruned", "change")
+        for column in table.columns:
+            column.no_wrap = False
+        table.columns[1].no_wrap = True
         for row in glance_rows(done.results):
             table.add_row(*map(_escape, row))
         notes = (_escape(f"note: {note}") for note in done.results["notes"])

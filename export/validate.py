@@ -232,12 +232,10 @@ class _Run:
         tokenizers = [load_tokenizer(c.path) for c in self.checkpoints.values()]
         self.text = read_text(text, tokenizers[0])
         sample = self.text.path.read_text("utf-8")[:20_000]
-        if (
-            tokenizers[0].get_vocab() != tokenizers[1].get_vocab()
-            or tokenizers[0](sample, verbose=False)["input_ids"] != (tokenizers[1](sample, verbose=False)["input_ids"])
-        ):
+        encoded = [tokenizer(sample, verbose=False)["input_ids"] for tokenizer in tokenizers]
+        if tokenizers[0].get_vocab() != tokenizers[1].get_vocab() or encoded[0] != encoded[1]:
             raise PruneAttnError(
-                f"{self.checkpoints['pruned'].path}: its tokenizer is not the original's, so the two cannot be compared; "
+                f"{self.checkpoints['pruned'].path}: its tokenizer is not the original's, so they cannot be compared; "
                 f"copy the tokenizer files from {self.checkpoints['original'].path}"
             )
         most = self.options["max_tokens"]
@@ -542,7 +540,7 @@ class _Run:
                 try:
                     times = latency.run_in_turn(
                         self._models(backend, "serve"), ids, new, repeats=repeats, seconds=seconds,
-                        progress=lambda a, b: self.progress(f"timing, {backend}, {rows} x {prompt}", a, b),
+                        progress=lambda a, b: self.progress(f"timing, {backend}, {batch} x {prompt}", a, b),
                     )  # fmt: skip
                     break
                 except Exception as error:

@@ -18,8 +18,8 @@ def card_section(results: dict[str, Any]) -> str:
         parts.append(markdown_table(Table(head, list(task_rows(facts)))))
     text = next((f"; text {a['text']['name']}, {a['tokens']:,} tokens" for a in results["accuracy"].values()), "")
     parts.append(
-        f"Measured by prune-attn {environment['prune_attn']['version']} on {device}, {results['created'][:10]}{text}; in "
-        "brackets 95% bootstrap intervals. The whole report is in `report/`."
+        f"Measured by prune-attn {environment['prune_attn']['version']} on {device}, {results['created'][:10]}{text}; "
+        "in brackets 95% bootstrap intervals. The whole report is in `report/`."
     )
     return "\n\n".join(parts) + "\n"
 

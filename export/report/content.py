@@ -12,6 +12,7 @@ RUNNERS = {
     "onnx": "ONNX Runtime",
 }
 _BACKENDS = {"torch": "PyTorch", "onnx": "ONNX Runtime"}
+_SHORT = {"torch": "PyTorch", "torch-compiled": "compiled", "onnx": "ONNX Runtime"}
 
 
 @dataclass
@@ -68,7 +69,7 @@ def glance_rows(results: dict[str, Any]) -> Iterator[list[str]]:
             f"perplexity{where}", f"{p['original']['value']:.2f}", f"{p['pruned']['value']:.2f}",
             interval(p["ratio"], "{:+.1%}", -1),
         ]  # fmt: skip
-        yield [f"most likely token the same{where}", "", interval(facts["agreement"], "{:.1%}"), ""]
+        yield [f"same most likely token{where}", "", interval(facts["agreement"], "{:.1%}"), ""]
     for backend, facts in results["tasks"].items():
         if facts["average_ratio"] is not None:
             a, b = (facts[m]["average"] for m in ("original", "pruned"))
@@ -76,13 +77,8 @@ def glance_rows(results: dict[str, Any]) -> Iterator[list[str]]:
                 f"task average{_where(results, backend)}", f"{a:.2%}", f"{b:.2%}", f"{facts['average_ratio'] - 1:+.1%}",
             ]  # fmt: skip
     for backend, facts in results["latency"].items():
-        yield [f"decode speed, {RUNNERS[backend]}", "1", interval(facts["speedup"]["decode"]), _shown(facts, "decode")]
-        yield [
-            f"prefill speed, {RUNNERS[backend]}",
-            "1",
-            interval(facts["speedup"]["prefill"]),
-            _shown(facts, "prefill"),
-        ]
+        for what in ("decode", "prefill"):
+            yield [f"{what} speed, {_SHORT[backend]}", "1", interval(facts["speedup"][what]), _shown(facts, what)]
     a, b = results["models"]["original"], results["models"]["pruned"]
     for label, key in (("weights", "bytes"), ("KV cache a token", "kv_cache_bytes_per_token")):
         change = f"{b[key] / a[key] - 1:+.1%}" if a[key] else ""
@@ -96,7 +92,7 @@ def _where(results: dict[str, Any], backend: str) -> str:
 def _shown(facts: dict[str, Any], what: str) -> str:
     speedup = facts["speedup"][what]
     if speedup["low"] <= 1 <= speedup["high"]:
-        return "no speed-up was shown"
+        return "no speed-up shown"
     return "faster" if speedup["low"] > 1 else "slower"
 
 
@@ -194,12 +190,13 @@ def _accuracy(results: dict[str, Any]) -> Iterator[Section]:
     ]
     tables = []
     for backend, facts in results["accuracy"].items():
+        perplexity = facts["perplexity"]
         rows = [
-            ["perplexity", *_both(facts["perplexity"], "{:.2f}"), interval(facts["perplexity"]["ratio"], "{:+.1%}", -1)],
+            ["perplexity", *_both(perplexity, "{:.2f}"), interval(perplexity["ratio"], "{:+.1%}", -1)],
             ["bits a byte", *(f"{facts['bits_per_byte'][m]:.4f}" for m in ("original", "pruned")), ""],
             ["most likely token is the text's", *(f"{facts['accuracy'][m]:.1%}" for m in ("original", "pruned")), ""],
             ["calibration error (15 bins)", *_both(facts["calibration_error"], "{:.4f}"), ""],
-            ["most likely token the same", "", interval(facts["agreement"], "{:.1%}"), ""],
+            ["same most likely token", "", interval(facts["agreement"], "{:.1%}"), ""],
             ["KL divergence, mean (nats)", "", interval(facts["kl"]["mean"], "{:.4f}"), ""],
             ["KL divergence, 99th percentile", "", interval(facts["kl"]["p99"], "{:.3f}"), ""],
             [

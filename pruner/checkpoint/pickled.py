@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickletools
 import struct
-import zipfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -109,6 +107,8 @@ _Records = Callable[
 
 
 def _read_zip(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
+    import zipfile
+
     try:
         archive = zipfile.ZipFile(file)
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -249,6 +249,8 @@ class _Reader:
 
     def run(self, pickle: bytes | BinaryIO) -> Any:
         """What one pickle describes; a file is left after its end. Raises ``_RefusedError``."""
+        import pickletools
+
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         try:

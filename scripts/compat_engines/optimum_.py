@@ -32,5 +32,5 @@ def run(request):
         made = model.generate(**inputs, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
         ids.append(inputs.input_ids[0].tolist())
         tokens.append(made[0, len(ids[-1]) :].tolist())
-    versions = f"optimum-onnx {version('optimum-onnx')}, transformers {version('transformers')}"
+    versions = f"{version('optimum-onnx')}, transformers {version('transformers')}"
     return {"version": f"{versions}, torch {torch.__version__}", "ids": ids, "tokens": tokens}

@@ -1,4 +1,8 @@
-"""SGLang on the CPU, without its kernels: those for CPUs are built from its repository only."""
+"""SGLang on the CPU, where it installs.
+
+Its packages are for CUDA (an exact torch, CUDA kernels); those for CPUs are built from its repository. Where this was
+written pip refused them beside a CPU build of torch, so that nothing below has run yet.
+"""
 
 LIMITS = {}
 

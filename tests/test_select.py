@@ -103,12 +103,12 @@ def test_common_beginnings_are_run_once(ids):
 
 def test_search_reaches_the_optimum(evaluator):
     def losses(sets, samples):
-        return evaluator.losses(sets)
+        return evaluator.table(sets)
 
     candidates = tuple(range(1, 12))
     true = exhaustive(losses, candidates, 6, 10)
     assert all(
-        true.sets[n][0] == min(losses([s], 10)[0] for s in subsets(candidates, n) if len(s) == n) for n in (1, 2)
+        true.sets[n][0] == min(losses([s], 10).mean() for s in subsets(candidates, n) if len(s) == n) for n in (1, 2)
     )
     found = search(losses, candidates, 6, samples=10, screen=10, confirm=4)
     for n in (1, 3, 4):
@@ -142,7 +142,7 @@ def test_equal_layers_go_deeper_first(make_llama, tmp_path):
     )  # fmt: skip
     ids = oracle.ids(4, 16).numpy()
     evaluator = Evaluator(open_checkpoint(source), ids, sublayer="attention", objective="ce")
-    found = search(lambda sets, n: evaluator.losses(sets), (1, 2, 3), 2, samples=4, screen=4, confirm=2)
+    found = search(lambda sets, n: evaluator.table(sets), (1, 2, 3), 2, samples=4, screen=4, confirm=2)
     assert [sorted(found.sets[n][1]) for n in (1, 2)] == [[3], [2, 3]]
 
 

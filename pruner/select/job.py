@@ -201,7 +201,7 @@ class _Job:
         self.total = done + work
 
         def losses(sets: Any, samples: int) -> np.ndarray:
-            return self.evaluator.losses(sets, samples, self.keep)
+            return self.evaluator.table(sets, samples, self.keep)
 
         def step(size: int, found: Found) -> None:
             _, dropped = found.sets[size]

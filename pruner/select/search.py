@@ -52,8 +52,8 @@ def search(
 ) -> Found:
     """The best sets of 1 to ``count`` of ``candidates``, and of one more, which is needed to improve the last.
 
-    All sets of a step are run on the first ``screen`` of ``samples``, the best of them on all (``confirm`` at most). ``others``
-    are orders whose beginnings are looked at as well. ``step`` is called with each size that is done.
+    All sets of a step are run on the first ``screen`` of ``samples``, the best of them on all (``confirm`` at most).
+    ``others`` are orders whose beginnings are looked at as well. ``step`` is called with each size that is done.
     """
     found = Found({0: (float(losses([frozenset()], samples).mean()), frozenset())})
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -37,7 +37,7 @@ def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802,
         ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
         ("--seed", {"type": int, "default": 0, "help": "Where in the text the windows lie.  [default: 0]"}),
         ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
-        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 32]"}),
+        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
         ("--text", {"type": _PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
         ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
     ):  # fmt: skip
@@ -552,9 +552,16 @@ def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
 @contextmanager
 def _choosing() -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
     """Progress of a selection, and lines about it, on a terminal's standard error; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None, None
-        return
+    try:
+        with _choosing_shown() if sys.stderr.isatty() else nullcontext((None, None)) as shown:
+            yield shown
+    except _Stopped as stop:
+        stop.hint += "; steps that were finished are kept: --resume goes on from there"
+        raise
+
+
+@contextmanager
+def _choosing_shown() -> Iterator[tuple[Callable[[float, float, str], None], Callable[[str], None]]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -590,7 +597,7 @@ class _Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.hint = signum, "nothing half written is left"
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
@@ -639,7 +646,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         where = context.command_path if context else "prune-attn"
         return 2, f"{' '.join(error.format_message().split())} (see `{where} --help`)"
     if isinstance(error, _Stopped):
-        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}; nothing half written is left"
+        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}; {error.hint}"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "the reader of the output went away"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CALIBRATED = ("similarity", "search", "exhaustive")
 OBJECTIVES = ("kl", "ce")
-SAMPLES, LENGTH = 32, 2048  # by the study in docs/selection.md
+SAMPLES, LENGTH = 64, 2048  # by the study in docs/selection.md
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
 

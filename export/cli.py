@@ -141,7 +141,7 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
 
-    with _choosing() as (choosing, say), _progress("writing") as progress:
+    with _choosing(options["text"]) as (choosing, say), _progress("writing") as progress:
         result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
     if as_json:
         _print_json(result.to_json())
@@ -192,7 +192,7 @@ def select(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
     from export.select import select
 
-    with _choosing() as (progress, say):
+    with _choosing(options["text"]) as (progress, say):
         result = select(source, output, progress=progress, say=say, **options)
     if as_json:
         _print_json(result.to_json())
@@ -550,13 +550,16 @@ def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 @contextmanager
-def _choosing() -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
+def _choosing(
+    text: str | None,
+) -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
     """Progress of a selection, and lines about it, on a terminal's standard error; nothing in a pipe."""
     try:
         with _choosing_shown() if sys.stderr.isatty() else nullcontext((None, None)) as shown:
             yield shown
     except _Stopped as stop:
-        stop.hint += "; steps that were finished are kept: --resume goes on from there"
+        if text is not None:
+            stop.hint += "; steps that were finished are kept: --resume goes on from there"
         raise
 
 

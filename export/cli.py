@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -37,7 +37,7 @@ def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802,
         ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
         ("--seed", {"type": int, "default": 0, "help": "Where in the text the windows lie.  [default: 0]"}),
         ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
-        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 32]"}),
+        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
         ("--text", {"type": _PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
         ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
     ):  # fmt: skip
@@ -141,7 +141,7 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
 
-    with _choosing() as (choosing, say), _progress("writing") as progress:
+    with _choosing(options["text"]) as (choosing, say), _progress("writing") as progress:
         result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
     if as_json:
         _print_json(result.to_json())
@@ -192,7 +192,7 @@ def select(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
     from export.select import select
 
-    with _choosing() as (progress, say):
+    with _choosing(options["text"]) as (progress, say):
         result = select(source, output, progress=progress, say=say, **options)
     if as_json:
         _print_json(result.to_json())
@@ -550,11 +550,21 @@ def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 @contextmanager
-def _choosing() -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
+def _choosing(
+    text: str | None,
+) -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
     """Progress of a selection, and lines about it, on a terminal's standard error; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None, None
-        return
+    try:
+        with _choosing_shown() if sys.stderr.isatty() else nullcontext((None, None)) as shown:
+            yield shown
+    except _Stopped as stop:
+        if text is not None:
+            stop.hint += "; steps that were finished are kept: --resume goes on from there"
+        raise
+
+
+@contextmanager
+def _choosing_shown() -> Iterator[tuple[Callable[[float, float, str], None], Callable[[str], None]]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -590,7 +600,7 @@ class _Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.signum = signum
+        self.signum, self.hint = signum, "nothing half written is left"
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
@@ -639,7 +649,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         where = context.command_path if context else "prune-attn"
         return 2, f"{' '.join(error.format_message().split())} (see `{where} --help`)"
     if isinstance(error, _Stopped):
-        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}; nothing half written is left"
+        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}; {error.hint}"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "the reader of the output went away"

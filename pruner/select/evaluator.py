@@ -31,7 +31,7 @@ class Evaluator:
     ``objective`` "ce" is the next-token cross-entropy, "kl" the divergence from the original's next-token
     distribution KL(original || pruned), both in nats a token. ``breaks`` are sample counts at which losses will be
     asked for. CPU computes in float32, a GPU in the checkpoint's dtype. Weights that do not fit the device are read
-    layer by layer (``resident``: ``None`` decides by what is free). Cost: see ``losses``.
+    layer by layer (``resident``: ``None`` decides by what is free). Cost: see ``table``.
     """
 
     def __init__(
@@ -73,10 +73,14 @@ class Evaluator:
         self._teacher: dict[int, torch.Tensor] = {}  # batch to the original's last states, (B, T, C)
         self._teacher_batch: tuple[int, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
-    def losses(
+    def losses(self, sets: Sequence[Dropped], samples: int | None = None) -> np.ndarray:
+        """Mean loss of each set, float64 (len(sets),); see ``table``."""
+        return self.table(sets, samples).mean(1)
+
+    def table(
         self, sets: Sequence[Dropped], samples: int | None = None, done: Callable[[], None] | None = None
     ) -> np.ndarray:
-        """Mean loss of each set over the first ``samples`` windows (default: all), float64 (len(sets),).
+        """Loss of each set on each of the first ``samples`` windows (default: all), float64 (len(sets), samples).
 
         What is known already is not run again. Cost: one layer for each distinct beginning of the sets, and the head
         for each set. ``done`` is called whenever something more is known.
@@ -95,20 +99,17 @@ class Evaluator:
                 if done:
                     done()
         column = 0 if self.objective == "ce" else 1
-        return np.array([self._mean(s, wanted, column) for s in sets])
+        return np.array([[x for b in wanted for x in self._row(s)[b][column]] for s in sets])
 
     def perplexity(self, dropped: Dropped) -> float:
         """exp of the mean cross-entropy over the windows on which this set has been run."""
-        return math.exp(self._mean(dropped, [b for b, row in enumerate(self._row(dropped)) if row is not None], 0))
+        values = [x for row in self._row(dropped) if row is not None for x in row[0]]
+        return math.exp(math.fsum(values) / len(values))
 
     # -- the walk --------------------------------------------------------------------------------------------------
 
     def _row(self, dropped: Dropped) -> list:
         return self.known.setdefault(dropped, [None] * len(self.batches))
-
-    def _mean(self, dropped: Dropped, batches: list[int], column: int) -> float:
-        values = [v for b in batches for v in self._row(dropped)[b][column]]
-        return math.fsum(values) / len(values)
 
     def _prepare(self, wanted: list[int], done: Callable[[], None] | None) -> None:
         """Run the original: its last states, which KL is measured from, and each sublayer's similarity."""

@@ -37,8 +37,8 @@ def check_few(candidates: int, count: int) -> int:
 def exhaustive(losses: Losses, candidates: Sequence[int], count: int, samples: int) -> Found:
     """The best set of each size up to ``count`` on all samples."""
     sets = list(subsets(candidates, count))
-    ranked = rank(sets, losses(sets, samples))
-    found = Found({0: (float(losses([frozenset()], samples)[0]), frozenset())}, count)
+    ranked = rank(sets, losses(sets, samples).mean(1))
+    found = Found({0: (float(losses([frozenset()], samples).mean()), frozenset())}, count)
     for loss, dropped in ranked:
         found.sets.setdefault(len(dropped), (loss, dropped))
     return found

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Dropped = frozenset[int]
-Losses = Callable[[Sequence[Dropped], int], "np.ndarray"]  # mean loss of each set over the first so many samples
+Losses = Callable[[Sequence[Dropped], int], "np.ndarray"]  # each set's loss on each of the first so many samples
 
 
 @dataclass
@@ -33,6 +33,12 @@ def rank(sets: Iterable[Dropped], losses: Iterable[float]) -> list[tuple[float, 
     return sorted(pairs, key=lambda pair: (pair[0], sorted(-layer for layer in pair[1])))
 
 
+def _worse(differences: np.ndarray) -> bool:
+    """Whether the mean of these is above 0 by more than three times its standard error."""
+    n = len(differences)
+    return n > 1 and bool(differences.mean() > 3 * differences.std(ddof=1) / n**0.5)
+
+
 def search(
     losses: Losses,
     candidates: Sequence[int],
@@ -46,15 +52,18 @@ def search(
 ) -> Found:
     """The best sets of 1 to ``count`` of ``candidates``, and of one more, which is needed to improve the last.
 
-    All sets of a step are run on the first ``screen`` of ``samples``, the best ``confirm`` of them on all. ``others``
-    are orders whose beginnings are looked at as well. ``step`` is called with each size that is done.
+    All sets of a step are run on the first ``screen`` of ``samples``, the best of them on all (``confirm`` at most).
+    ``others`` are orders whose beginnings are looked at as well. ``step`` is called with each size that is done.
     """
-    found = Found({0: (float(losses([frozenset()], samples)[0]), frozenset())})
+    found = Found({0: (float(losses([frozenset()], samples).mean()), frozenset())})
 
     def best(sets: Iterable[Dropped], keep: int, below: float = float("inf")) -> tuple[float, Dropped] | None:
         sets = list(dict.fromkeys(sets))
-        short = [s for loss, s in rank(sets, losses(sets, screen)) if loss < below][:keep]
-        return rank(short, losses(short, samples))[0] if short else None
+        table = dict(zip(sets, losses(sets, screen), strict=True))
+        ranked = [(loss, s) for loss, s in rank(sets, [row.mean() for row in table.values()]) if loss < below][:keep]
+        # those that are worse than the first by more than chance, sample by sample, need no second look
+        short = [s for _, s in ranked if not _worse(table[s] - table[ranked[0][1]])]
+        return rank(short, losses(short, samples).mean(1))[0] if short else None
 
     size = 0
     while size < min(count + 1, len(candidates)):
@@ -66,7 +75,7 @@ def search(
             found.sets[size] = grown
         while size > 2:
             known, here = found.sets[size - 1], found.sets[size][1]
-            less = best((here - {i} for i in here), (confirm + 1) // 2, float(losses([known[1]], screen)[0]))
+            less = best((here - {i} for i in here), (confirm + 1) // 2, float(losses([known[1]], screen).mean()))
             if less is None or less[0] >= known[0]:
                 break
             size -= 1
@@ -88,7 +97,7 @@ def extend(
     base = found.sets[max(found.sets)][1]
     for size in range(max(found.sets) + 1, len(candidates) + 1):
         sets = [base | {i} for i in candidates if i not in base]
-        found.sets[size] = rank(sets, losses(sets, screen))[0]
+        found.sets[size] = rank(sets, losses(sets, screen).mean(1))[0]
         base = found.sets[size][1]
         if step:
             step(size, found)
@@ -115,6 +124,6 @@ def expected_work(
         sets = candidates - size + 1
         work += screen * layers * (1 + sets / 2)
         if size <= count + 1:
-            work += (samples - screen) * layers * (1 + min(confirm, sets) / 2)
+            work += (samples - screen) * layers * (1 + min(confirm, sets) / 4)  # half are ruled out
             work += screen * layers * (1 + size / 2) * (size > 2)
     return work

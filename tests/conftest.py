@@ -15,12 +15,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHIPPED = Path(__file__).parent / "data" / "gutenberg-llama-5m"
+TEXT = Path(__file__).parent / "data" / "austen-test.txt"
 
 
 @pytest.fixture
 def shipped() -> Path:
     """The trained model that the project ships: 12 layers, 5 heads of 32, fp16, one file."""
     return SHIPPED
+
+
+@pytest.fixture
+def text_ids() -> Callable[[int], list[int]]:
+    """The first tokens of Austen's *Emma*, which the shipped model was not trained on, without BOS."""
+
+    def tokens(count: int) -> list[int]:
+        from pruner.text import load_tokenizer
+
+        text = TEXT.read_text()[: 12 * count]
+        return load_tokenizer(SHIPPED)(text, add_special_tokens=False, verbose=False)["input_ids"][:count]
+
+    return tokens
 
 
 @pytest.fixture

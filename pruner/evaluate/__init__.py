@@ -1,0 +1,1 @@
+"""Measure any ``LanguageModel``, alone or against another: everything takes the protocol, nothing a file format."""

@@ -215,6 +215,55 @@ def generate(directory: str, as_json: bool, **options: Any) -> None:
     )
 
 
+@cli.command()
+@click.argument("source", type=_PATH)
+@click.option("-o", "--output", type=_PATH, required=True, help="Folder for the table, the plots and the plans.")
+@click.option("--text", type=_PATH, required=True, help="Test text, UTF-8: what perplexity is measured on.")
+@click.option("--calibration", type=_PATH, help="Another text, by which similarity, search and exhaustive choose.")
+@click.option("--sublayer", default="attention", show_default=True, metavar="A,B", help="Of attention, mlp, block.")
+@click.option("--fractions", default="10%,25%,33%,50%", show_default=True, metavar="P%,N", help="How many go.")
+@click.option(
+    "--strategy",
+    metavar="A,B",
+    help="Of last, keep-last, similarity, search, exhaustive.  [default: the first four; two without --calibration]",
+)
+@click.option("--window", type=click.IntRange(2), help="Tokens a test window.  [default: the context, at most 2048]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N test windows.  [default: all]")
+@click.option("--samples", type=click.IntRange(1), help="Calibration samples.  [default: as select has it]")
+@click.option("--length", type=click.IntRange(2), help="Tokens a calibration sample.  [default: as select has it]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration samples and the search.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Compute in this.  [default: the checkpoint's on CUDA, float32 on the CPU]",
+)
+@click.option(
+    "--rounds", type=click.IntRange(0), default=10, show_default=True, help="Times that speed is measured; 0: not."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an OUTPUT that sweep wrote.")
+@_JSON
+def sweep(source: str, output: str, as_json: bool, **options: Any) -> None:
+    """Measure what each fraction of each sublayer costs and gains: a table and two plots.
+
+    Interrupted, it keeps what is finished in OUTPUT.partial; the same command goes on from there.
+    """
+    from export.sweep import sweep
+
+    with _stages() as progress:
+        result = sweep(source, output, progress=progress, **options)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    table = _table("dropped", "by", "perplexity", "", "decode", "prefill")
+    for row in (result.original, *result.points):
+        what = f"{row['dropped']} of {row['of']} {row['sublayer']}" if row["sublayer"] else "nothing"
+        cost = [f"{row['perplexity']:,.2f}", f"x{row['perplexity_ratio']:.2f}"] if row["perplexity"] else ["-", ""]
+        speed = [f"x{row[s]:.2f}" if row[s] else "-" for s in ("decode_speedup", "prefill_speedup")]
+        table.add_row(what, row["strategy"], *cost, *speed)
+    _print(table, _escape(f"{result.path}: sweep.md, sweep.csv, sweep.json, the plots, and plans for convert --plan"))
+
+
 # -- output ------------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +334,29 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar that says what it is at; on a terminal's standard error, and nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:  # one bar at a time; a new stage's time left is its own
+                for old in tasks.values():
+                    bar.update(old, visible=False)
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield show
 
 
 # -- entry -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``sweep``: the paper's study (arXiv 2407.15516, section 4) on any model. What each fraction costs, and what it gains."""
+"""``sweep``: the paper's study (arXiv 2407.15516, section 4) on any model. What a fraction costs and gains."""
 
 from export.sweep.job import Sweep, sweep
 

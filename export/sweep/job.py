@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
 import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from export.staging import check_target, staged
+from export.sweep.measure import Progress, key, measure_perplexity, measure_speed, speed_columns
+from export.sweep.plots import draw
+from export.sweep.progress import Kept, kept, write_whole
 from export.sweep.table import to_csv, to_markdown
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
@@ -27,16 +25,10 @@ from pruner.plan import PruningPlan, original_counts, parse_drop, plan_drop, rea
 from pruner.select import POSITIONAL, STRATEGIES
 from pruner.summary import totals
 
-if TYPE_CHECKING:
-    from pruner.evaluate.perplexity import Window
-    from pruner.model import TorchLanguageModel
-
 FORMAT = "prune-attn sweep"
 RESULTS, PLANS = "sweep.json", "plans"
 FILES = (RESULTS, "sweep.csv", "sweep.md", "perplexity.png", "speed.png", PLANS)
-PROMPT, NEW_TOKENS = 512, 64
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
+PROMPT, NEW_TOKENS = 512, 32
 
 
 @dataclass(frozen=True)
@@ -91,6 +83,7 @@ def sweep(
     Raises ``PruneAttnError`` for bad input, before anything is computed.
     """
     from pruner.evaluate.perplexity import sliding_windows
+    from pruner.model import TorchLanguageModel
     from pruner.text import load_tokenizer, read_text
 
     if not os.fspath(output):
@@ -104,8 +97,8 @@ def sweep(
     guided = [name for name in strategies if name not in POSITIONAL]
     if guided and calibration is None:
         raise PruneAttnError(f"strategy {guided[0]} chooses by a text; give one with --calibration")
-    if 0 < rounds < 6:
-        raise PruneAttnError(f"--rounds {rounds}: a 95% interval takes at least 6; give more, or 0 for no timing")
+    if 0 < rounds < 5:
+        raise PruneAttnError(f"--rounds {rounds}: too few for an interval; give 5 or more, or 0 for no timing")
     check_target(output, source, [shard.path for shard in checkpoint.shards], _not_ours, overwrite)
 
     tokenizer = load_tokenizer(source)
@@ -117,8 +110,8 @@ def sweep(
     if window > context:
         raise PruneAttnError(f"--window {window}: the model's context is {context} tokens; give no more")
     windows = sliding_windows(test.ids, length=window, bos_id=tokenizer.bos_token_id)[:limit]
-    prompt = [int(i) for i in test.ids[: min(PROMPT, context // 2)]]
-    new_tokens = min(NEW_TOKENS, context - len(prompt))
+    prompts = test.ids[None, : min(PROMPT, context // 2)]  # (1, T)
+    new_tokens = min(NEW_TOKENS, context - prompts.size)
     device, dtype, machine = _machine(device, dtype)
     setting = {
         "source": checkpoint.fingerprint(),
@@ -129,26 +122,124 @@ def sweep(
                  "windows": len(windows), "tokens": sum(w.scored for w in windows)},
         "calibration": given and {"name": given.path.name, "sha256": given.sha256, "bytes": given.bytes,
                                   "samples": samples, "length": length, "seed": seed},
-        "speed": {"batch": 1, "prompt": len(prompt), "new_tokens": new_tokens, "rounds": rounds} if rounds else None,
+        "speed": {"batch": 1, "prompt": prompts.size, "new_tokens": new_tokens, "rounds": rounds} if rounds else None,
         "dtype": dtype or "as stored",
         **machine,
     }  # fmt: skip
 
-    with _kept(output, setting) as kept:
+    with kept(output, setting) as work:
         show = progress or (lambda stage, done, total: None)
         calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
         plans: dict[tuple[str, str], PruningPlan] = {}
         for kind in sublayers:
             for name in strategies:
                 show(f"choosing {kind} by {name}", len(plans), len(sublayers) * len(strategies))
-                plans[kind, name] = _order(kept, checkpoint, kind, name, parts, calibrated)
+                plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated)
         rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
-        open_model = cache(lambda: _Models(source, device, dtype))
-        _measure_perplexity(kept, open_model, [plan for *_, plan in rows], windows, show)
+        model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
+        chosen = [plan for *_, plan in rows]
+        measure_perplexity(work, model, chosen, windows, show)
         if rounds:
-            _measure_speed(kept, open_model, [plan for *_, plan in rows], prompt, new_tokens, rounds, show)
-        setting["finished"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        original = _row(checkpoint, kept, None, "original", "0%", PruningPlan("mixed", "original", (), ()))
-        result = Sweep(output, setting, original, [_row(checkpoint, kept, *row) for row in rows])
-        _write(result, kept, overwrite)
+            measure_speed(work, model, chosen, prompts, new_tokens, rounds, show)
+        setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        nothing = PruningPlan("mixed", "original", (), ())
+        original = _row(checkpoint, work, None, "original", None, nothing)
+        result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
+        with staged(output, _not_ours if overwrite else lambda path: "exists") as directory:
+            shutil.copytree(work.plans, directory / PLANS)
+            (directory / RESULTS).write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (directory / "sweep.csv").write_text(to_csv(result.original, result.points), "utf-8")
+            (directory / "sweep.md").write_text(to_markdown(setting, result.original, result.points), "utf-8")
+            draw(directory, setting, result.original, result.points)
+        work.discard()
     return result
+
+
+def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise PruneAttnError(f"{option}: unknown {name!r}; choose of {', '.join(known)}, separated by commas")
+    return chosen
+
+
+def _fractions(checkpoint: Checkpoint, text: str, sublayers: list[str], strategies: list[str]) -> list[str]:
+    """The fractions in the order given; refused where some strategy could not drop so many of some sublayer."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    last = checkpoint.decoder.num_layers - 1
+    for sublayer in sublayers:
+        # no strategy takes layer 0, and keep-last not the last one either
+        able = set(checkpoint.decoder.present(sublayer)) - {0} - ({last} if "keep-last" in strategies else set())
+        for part in parts:
+            try:
+                count = parse_drop(part, original_counts(checkpoint)[sublayer])
+            except PruneAttnError as error:
+                raise PruneAttnError(str(error).replace("--drop", "--fractions")) from None
+            if count > len(able):
+                raise PruneAttnError(
+                    f"--fractions {part}: that is {count} {sublayer} sublayers, and the strategies can drop only "
+                    f"{len(able)} of this model's; ask for less"
+                )
+    return parts
+
+
+def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str, Any]]:
+    """What it runs on: the device and the dtype that are taken, and what the record says of both."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        hardware, dtype = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", dtype or "float32"
+    elif torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+    tools = {"prune-attn": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+    return device, dtype, {"device": device, "hardware": hardware, "versions": tools}
+
+
+def _order(
+    work: Kept, checkpoint: Checkpoint, sublayer: str, strategy: str, parts: list[str], calibrated: dict[str, Any]
+) -> PruningPlan:
+    """The plan for the largest of the fractions, chosen once."""
+    file = work.plans / f"{sublayer}-{strategy}.json"
+    if not file.exists():
+        most = max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer]))
+        plan = plan_drop(checkpoint, most, sublayer, strategy)
+        write_whole(file, replace(plan, source=checkpoint.fingerprint()).to_json())
+    return read_plan(file, checkpoint)
+
+
+def _row(
+    checkpoint: Checkpoint, work: Kept, sublayer: str | None, strategy: str, fraction: str | None, plan: PruningPlan
+) -> dict[str, Any]:
+    """One line of the table; ``None`` where something was not measured or is not a number."""
+    left = totals(checkpoint.decoder.without(plan.attention, plan.mlp), checkpoint.tensors)
+    perplexity, whole = work.perplexity[key(plan)], work.perplexity[key(None)]
+    row = {
+        "sublayer": sublayer,
+        "strategy": strategy,
+        "fraction": fraction,
+        "dropped": max(len(plan.attention), len(plan.mlp)),
+        "of": original_counts(checkpoint)["block"],
+        "attention": list(plan.attention),
+        "mlp": list(plan.mlp),
+        "parameters": left["parameters"],
+        "bytes": left["bytes"],
+        "kv_cache_bytes_per_token": left["kv_cache_bytes_per_token"],
+        "perplexity": perplexity,
+        "perplexity_ratio": perplexity / whole if perplexity and whole else None,
+    }
+    return row | speed_columns(work.speed, plan)
+
+
+def _not_ours(directory: Path) -> str | None:
+    """Why a directory is not wholly a finished sweep; ``None`` where it is, so that replacing it loses nothing."""
+    try:
+        if json.loads((directory / RESULTS).read_bytes())["format"] != FORMAT:
+            return "was not written by prune-attn sweep"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "was not written by prune-attn sweep"
+    extra = sorted({path.name for path in directory.iterdir()} - set(FILES))
+    return f"holds {extra[0]}, which prune-attn did not write" if extra else None

@@ -142,8 +142,7 @@ def sweep(
         if rounds:
             measure_speed(work, model, chosen, prompts, new_tokens, rounds, show)
         setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        nothing = PruningPlan("mixed", "original", (), ())
-        original = _row(checkpoint, work, None, "original", None, nothing)
+        original = _row(checkpoint, work, None, "original", None, None)
         result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
         with staged(output, _not_ours if overwrite else lambda path: "exists") as directory:
             shutil.copytree(work.plans, directory / PLANS)
@@ -212,19 +211,25 @@ def _order(
 
 
 def _row(
-    checkpoint: Checkpoint, work: Kept, sublayer: str | None, strategy: str, fraction: str | None, plan: PruningPlan
+    checkpoint: Checkpoint,
+    work: Kept,
+    sublayer: str | None,
+    strategy: str,
+    fraction: str | None,
+    plan: PruningPlan | None,
 ) -> dict[str, Any]:
     """One line of the table; ``None`` where something was not measured or is not a number."""
-    left = totals(checkpoint.decoder.without(plan.attention, plan.mlp), checkpoint.tensors)
+    attention, mlp = (plan.attention, plan.mlp) if plan else ((), ())
+    left = totals(checkpoint.decoder.without(attention, mlp), checkpoint.tensors)
     perplexity, whole = work.perplexity[key(plan)], work.perplexity[key(None)]
     row = {
         "sublayer": sublayer,
         "strategy": strategy,
         "fraction": fraction,
-        "dropped": max(len(plan.attention), len(plan.mlp)),
+        "dropped": max(len(attention), len(mlp)),
         "of": original_counts(checkpoint)["block"],
-        "attention": list(plan.attention),
-        "mlp": list(plan.mlp),
+        "attention": list(attention),
+        "mlp": list(mlp),
         "parameters": left["parameters"],
         "bytes": left["bytes"],
         "kv_cache_bytes_per_token": left["kv_cache_bytes_per_token"],

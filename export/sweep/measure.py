@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,15 +59,19 @@ def measure_speed(
     rounds: int,
     show: Progress,
 ) -> None:
-    """Times of one model for each number of sublayers dropped, in turn with the original, kept as each is done."""
+    """Times of one model for each number of sublayers dropped, in turn with the original, kept as each is done.
+
+    One of them has nothing dropped: how far apart equal models come out is the noise.
+    """
     from pruner.evaluate.latency import run_in_turn, speedup, summary
 
-    wanted = {_counts(plan): plan for plan in plans}
+    wanted = {_counts(plan): plan for plan in (None, *plans)}
     for i, (counts, plan) in enumerate(wanted.items()):
         if counts in work.speed:
             continue
+        pruned = model().without(plan.attention, plan.mlp) if plan else model().without()
         times = run_in_turn(
-            {"original": model(), "pruned": model().without(plan.attention, plan.mlp)},
+            {"original": model(), "pruned": pruned},
             prompts,
             new_tokens,
             repeats=rounds,
@@ -79,7 +82,6 @@ def measure_speed(
         work.speed[counts] = {
             kind: {
                 "ms": ms["pruned"][f"{kind}_ms"]["median"],
-                "original_ms": ms["original"][f"{kind}_ms"]["median"],
                 "speedup": ratio[kind]["value"],
                 "speedup_low": ratio[kind]["low"],
                 "speedup_high": ratio[kind]["high"],
@@ -89,19 +91,12 @@ def measure_speed(
         work.save()
 
 
-def _counts(plan: PruningPlan) -> str:
-    return f"{len(plan.attention)} attention, {len(plan.mlp)} mlp"
+def _counts(plan: PruningPlan | None) -> str:
+    return f"{len(plan.attention)} attention, {len(plan.mlp)} mlp" if plan else "nothing"
 
 
-def speed_columns(speed: dict[str, dict[str, Any]], plan: PruningPlan) -> dict[str, float | None]:
+def speed_columns(speed: dict[str, dict[str, Any]], plan: PruningPlan | None) -> dict[str, float | None]:
     """Median milliseconds, and how many times as fast as the original with the 95% interval; ``None``: not timed."""
-    columns: dict[str, float | None] = {}
-    for kind in TIMED:
-        figures = dict.fromkeys(("ms", "speedup", "speedup_low", "speedup_high"))
-        if _counts(plan) in speed:
-            figures |= speed[_counts(plan)][kind]
-        elif key(plan) == "nothing" and speed:  # timed once with each of the others
-            original = statistics.median(pair[kind]["original_ms"] for pair in speed.values())
-            figures |= {"ms": original, "speedup": 1.0}
-        columns |= {f"{kind}_{name}": value for name, value in figures.items() if name != "original_ms"}
-    return columns
+    unknown = dict.fromkeys(("ms", "speedup", "speedup_low", "speedup_high"))
+    figures = speed.get(_counts(plan)) or dict.fromkeys(TIMED, unknown)
+    return {f"{kind}_{name}": value for kind in TIMED for name, value in figures[kind].items()}

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.sweep.table import Row, told_from_noise
+from export.sweep.table import Row, within_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +71,7 @@ def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[
     for timed, panel in zip(("decode", "prefill"), panels, strict=True):
         panel.axhline(original["perplexity"], color="black", linewidth=1)
         panel.axvline(1, color="black", linewidth=1)
+        panel.axvspan(original[f"{timed}_speedup_low"], original[f"{timed}_speedup_high"], color="#cccccc", zorder=0)
         for strategy, (color, style, _) in zip(setting["strategies"], _LOOKS, strict=False):
             for kind in setting["sublayers"]:
                 rows = [r for r in points if (r["sublayer"], r["strategy"]) == (kind, strategy) and r["perplexity"]]
@@ -85,10 +86,12 @@ def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[
                         x, row["perplexity"],
                         xerr=[[x - row[f"{timed}_speedup_low"]], [row[f"{timed}_speedup_high"] - x]],
                         color=color, marker=_MARKERS[kind], elinewidth=0.8,
-                        markerfacecolor=color if told_from_noise(row, timed) else "white",
+                        markerfacecolor="white" if within_noise(row, original, timed) else color,
                     )  # fmt: skip
         panel.plot([1], [original["perplexity"]], "*", color="black", markersize=13, zorder=3)
-        panel.set(xlabel=f"{timed} speed, times the original's")
+        reached = [1.0, *(row[f"{timed}_speedup"] for row in points)]
+        margin = 0.1 * (max(reached) - min(reached)) + 0.01
+        panel.set(xlabel=f"{timed} speed, times the original's", xlim=(min(reached) - margin, max(reached) + margin))
         _log(panel)
     panels[0].set_ylabel("perplexity (lower is better)")
     _legend(figure, setting)
@@ -97,6 +100,7 @@ def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[
 
 def _legend(figure: Figure, setting: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     looks = zip(setting["strategies"], _LOOKS, strict=False)
     entries = [Line2D([], [], color="black", marker="*", linestyle="", markersize=11, label="original")]
@@ -107,6 +111,7 @@ def _legend(figure: Figure, setting: dict[str, Any]) -> None:
     ]
     entries.append(Line2D([], [], color="#666666", marker="o", linestyle="", markerfacecolor="white",
                           label="within noise"))  # fmt: skip
+    entries.append(Patch(color="#cccccc", label="original against itself"))
     figure.legend(handles=entries, loc="outside right upper", frameon=False)
 
 

@@ -6,6 +6,8 @@ import csv
 import io
 from typing import Any
 
+from export.sweep.measure import TIMED
+
 Row = dict[str, Any]
 
 
@@ -50,8 +52,8 @@ def to_markdown(setting: dict[str, Any], original: Row, points: list[Row]) -> st
         first = [row for row in rows if row["strategy"] == setting["strategies"][0]]
         lines += ["", *_header("", *heads.values())]
         if speed:
-            lines += [_line(f"{kind} speed-up", *(_speedup(row, kind) for row in first)) for kind in _TIMED]
-            lines += [_line(f"{kind}, ms", *(f"{row[f'{kind}_ms']:.2f}" for row in first)) for kind in _TIMED]
+            lines += [_line(f"{kind} speed-up", *(_speedup(row, original, kind) for row in first)) for kind in TIMED]
+            lines += [_line(f"{kind}, ms", *(f"{row[f'{kind}_ms']:.2f}" for row in first)) for kind in TIMED]
         for name, column in (("weights", "bytes"), ("KV cache", "kv_cache_bytes_per_token")):
             lines.append(_line(name, *(f"{100 * (row[column] / original[column] - 1):+.1f}%" for row in first)))
         lines += ["", *_header("dropped layers", *heads.values())]
@@ -63,24 +65,24 @@ def to_markdown(setting: dict[str, Any], original: Row, points: list[Row]) -> st
             "",
             f"Speed-up: how many times as fast as the original ({original['decode_ms']:.2f} ms a decoded token, "
             f"{original['prefill_ms']:.2f} ms a prefill), batch 1, prompt of {speed['prompt']} tokens, "
-            f"{speed['new_tokens']} decoded after it. Ratio of medians over {speed['rounds']} rounds in which both models ran in "
-            "turn, with its 95% bootstrap interval; (?) marks what is within noise: its interval includes 1. Speed "
-            "depends on how many sublayers went and not on which, so it was measured once a column.",
+            f"{speed['new_tokens']} new ones. Ratio of medians over {speed['rounds']} rounds in which both ran in "
+            "turn, with its 95% bootstrap interval. The original against itself, which is the noise: "
+            + ", ".join(f"{kind} {_speedup(original, original, kind).removesuffix(' (?)')}" for kind in TIMED)
+            + "; (?) marks an interval that meets that or 1. Speed depends on how many sublayers went and not on "
+            "which, so it was measured once a column.",
         ]
     return "\n".join([*lines, "", "![perplexity](perplexity.png)", *(["![speed](speed.png)"] if speed else []), ""])
 
 
-_TIMED = ("decode", "prefill")
+def within_noise(row: Row, original: Row, kind: str) -> bool:
+    """Whether the interval of the speed-up meets 1, or the interval of the original against itself."""
+    low, high = original[f"{kind}_speedup_low"], original[f"{kind}_speedup_high"]
+    return row[f"{kind}_speedup_low"] <= max(high, 1) and row[f"{kind}_speedup_high"] >= min(low, 1)
 
 
-def told_from_noise(row: Row, kind: str) -> bool:
-    """Whether the interval of the speed-up leaves out 1."""
-    return not row[f"{kind}_speedup_low"] <= 1 <= row[f"{kind}_speedup_high"]
-
-
-def _speedup(row: Row, kind: str) -> str:
+def _speedup(row: Row, original: Row, kind: str) -> str:
     low, high = row[f"{kind}_speedup_low"], row[f"{kind}_speedup_high"]
-    mark = "" if told_from_noise(row, kind) else " (?)"
+    mark = " (?)" if within_noise(row, original, kind) else ""
     return f"{row[f'{kind}_speedup']:.2f} [{low:.2f}, {high:.2f}]{mark}"
 
 

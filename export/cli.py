@@ -250,8 +250,12 @@ def sweep(source: str, output: str, as_json: bool, **options: Any) -> None:
     """
     from export.sweep import sweep
 
-    with _stages() as progress:
-        result = sweep(source, output, progress=progress, **options)
+    try:
+        with _stages() as progress:
+            result = sweep(source, output, progress=progress, **options)
+    except _Stopped:
+        click.echo(f"what is finished is kept in {output.rstrip('/')}.partial; the same command goes on", err=True)
+        raise
     if as_json:
         _print_json(result.to_json())
         return

@@ -21,8 +21,8 @@ from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import SUBLAYERS
-from pruner.plan import PruningPlan, original_counts, parse_drop, plan_drop, read_plan
-from pruner.select import POSITIONAL, STRATEGIES
+from pruner.plan import PruningPlan, original_counts, parse_drop, read_plan
+from pruner.select import POSITIONAL, STRATEGIES, select
 from pruner.summary import totals
 
 FORMAT = "prune-attn sweep"
@@ -133,8 +133,7 @@ def sweep(
         plans: dict[tuple[str, str], PruningPlan] = {}
         for kind in sublayers:
             for name in strategies:
-                show(f"choosing {kind} by {name}", len(plans), len(sublayers) * len(strategies))
-                plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated)
+                plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, show)
         rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
         model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
         chosen = [plan for *_, plan in rows]
@@ -199,13 +198,27 @@ def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str,
 
 
 def _order(
-    work: Kept, checkpoint: Checkpoint, sublayer: str, strategy: str, parts: list[str], calibrated: dict[str, Any]
+    work: Kept,
+    checkpoint: Checkpoint,
+    sublayer: str,
+    strategy: str,
+    parts: list[str],
+    calibrated: dict[str, Any],
+    show: Progress,
 ) -> PruningPlan:
-    """The plan for the largest of the fractions, chosen once."""
+    """The plan for the largest of the fractions, chosen once; a search that was interrupted goes on."""
     file = work.plans / f"{sublayer}-{strategy}.json"
     if not file.exists():
-        most = max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer]))
-        plan = plan_drop(checkpoint, most, sublayer, strategy)
+        plan = select(
+            checkpoint,
+            drop=max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer])),
+            sublayer=sublayer,
+            strategy=strategy,
+            partial=work.path / f"{file.stem}.partial.json",
+            resume=True,
+            progress=lambda done, total, status: show(f"choosing {sublayer} by {strategy}", int(done), int(total)),
+            **calibrated,
+        )
         write_whole(file, replace(plan, source=checkpoint.fingerprint()).to_json())
     return read_plan(file, checkpoint)
 

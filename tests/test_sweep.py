@@ -160,7 +160,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
 
 def test_a_killed_sweep_goes_on(tmp_path):
     command = [sys.executable, "-m", "export.cli", "sweep", SHIPPED, "-o", tmp_path / "out", "--text", TEXT,
-               "--strategy", "last", "--window", "64", "--rounds", "0", "--json", "--limit", "200"]  # fmt: skip
+               "--strategy", "last", "--window", "64", "--rounds", "0", "--json", "--limit", "100"]  # fmt: skip
     state, kept = tmp_path / "out.partial" / "progress.json", {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while not kept and process.poll() is None:

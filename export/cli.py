@@ -251,7 +251,7 @@ def sweep(source: str, output: str, as_json: bool, **options: Any) -> None:
     from export.sweep import sweep
 
     try:
-        with _stages() as progress:
+        with _steps() as progress:
             result = sweep(source, output, progress=progress, **options)
     except _Stopped:
         click.echo(f"what is finished is kept in {output.rstrip('/')}.partial; the same command goes on", err=True)
@@ -341,26 +341,36 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextmanager
-def _stages() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar that says what it is at; on a terminal's standard error, and nothing in a pipe."""
+def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar for each part of a long job on a terminal's standard error; nothing in a pipe."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:  # one bar at a time; a new stage's time left is its own
+        def update(label: str, done: int, total: int) -> None:
+            if label not in tasks:
                 for old in tasks.values():
-                    bar.update(old, visible=False)
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
+                    bar.remove_task(old)
+                tasks.clear()
+                tasks[label] = bar.add_task(label, total=total)
+            bar.update(tasks[label], completed=done, total=total)
 
-        yield show
+        yield update
 
 
 # -- entry -------------------------------------------------------------------------------------------------------------

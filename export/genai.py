@@ -20,11 +20,12 @@ _MAX_LENGTH = 4096
 def genai_config(checkpoint: Checkpoint, context: int) -> bytes:
     """The file's bytes; ``context`` is the graph's, in tokens.
 
-    No provider is named, which means the CPU, except for bfloat16, which runs on CUDA alone.
+    No provider is named, which means the CPU, except for bfloat16, which runs on CUDA alone, there with the attention
+    kernels that need no plan for each new prompt length (see docs/onnx.md).
     """
     d, generation = checkpoint.decoder, _generation_config(checkpoint.path)
     eos = generation_value(checkpoint, "eos_token_id", 2)
-    providers = [{"cuda": {"enable_cuda_graph": "1"}}] if checkpoint.dtypes[0] == "BF16" else []
+    providers = [{"cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "3"}}] if checkpoint.dtypes[0] == "BF16" else []
     config = {
         "model": {
             "type": "llama",

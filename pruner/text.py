@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pruner.checkpoint.meta import meta_parts
+from pruner.checkpoint.meta_files import meta_files
 from pruner.errors import PruneAttnError
 
 if TYPE_CHECKING:
@@ -35,11 +38,18 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
 
     logging.disable_progress_bar()
     pruner.register()
-    try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
+    directory = Path(directory)
+    with tempfile.TemporaryDirectory() as made:
+        place = directory
+        if meta_parts(directory) and not (directory / "tokenizer.json").exists():
+            place = Path(made)
+            for name, data in meta_files(directory).items():
+                (place / name).write_bytes(data)
+        try:
+            return AutoTokenizer.from_pretrained(str(place))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
 
 
 def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -1,6 +1,6 @@
 """Speed and correctness on a CUDA GPU, in one run.
 
-    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without builder,torch]
+    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without A,B] [--keep]
 
 Speed, on a checkpoint of random fp16 weights (it does not depend on what they are): load, prefill, decode a token with
 and without a CUDA graph, GPU memory, for the original and for the deepest third of its attention removed, beside the
@@ -49,7 +49,7 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"ms": round(float(middle), 3), "p10": round(float(low), 3), "p90": round(float(high), 3), "n": len(times)}
 
 
-def measure(open_model: Callable[[], Any], prompts: list[int], prefills: int = 5, steps: int = 40) -> dict[str, Any]:
+def measure(open_model: Callable[[], Any], prompts: list[int], prefills: int = 4, steps: int = 32) -> dict[str, Any]:
     """Load, prefill and decode of a ``LanguageModel``, with the KV history that the prefill left."""
     import numpy as np
     import torch
@@ -83,6 +83,29 @@ def run_ours(directory: str, prompts: list[int], cuda_graph: bool) -> dict[str, 
     return measure(lambda: OnnxSession(directory, device="cuda", cuda_graph=cuda_graph), prompts)
 
 
+def run_lengths(directory: str) -> dict[str, Any]:
+    """Prefill of 12 prompt lengths that were not met before (601 to 645 tokens), as they are and padded as we do."""
+    import numpy as np
+
+    from export.onnx import session as ours
+
+    out = {}
+    for name, bucket in (("as they are", 1), ("padded", ours._BUCKET)):
+        ours._BUCKET = bucket
+        model = ours.OnnxSession(directory, device="cuda")
+        tokens = np.random.default_rng(0).integers(3, model.vocab_size, 700).tolist()
+        model.prefill([tokens])  # not the first run
+        times = []
+        for length in range(601, 649, 4):
+            model.reset()
+            start = time.perf_counter()
+            model.prefill([tokens[:length]])
+            times.append(time.perf_counter() - start)
+        out[name] = spread(times)
+        del model
+    return out
+
+
 def run_builder(directory: str, like: str, prompts: list[int], cuda_graph: bool) -> dict[str, Any]:
     """The builder's graph in our session: the same runtime, binding and buffers; only the graph differs.
 
@@ -107,7 +130,7 @@ def run_builder(directory: str, like: str, prompts: list[int], cuda_graph: bool)
             self.decoder = open_checkpoint(like).decoder
             self.vocab_size, self.max_length, self.last_token_logits = self.decoder.vocab_size, CONTEXT, True
             self.device, self.dtype, self._cuda_graph = "cuda", "float16", cuda_graph
-            self._session = ours._cuda_session(path, cuda_graph)
+            self._session = ours._cuda_session(path, self.decoder, cuda_graph)
             self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
             self.reset()
 
@@ -212,12 +235,46 @@ def run_correct(dtype: str, directory: str) -> dict[str, Any]:
     return rows
 
 
+def run_genai(dtype: str, directory: str) -> dict[str, Any]:
+    """Greedy tokens of onnxruntime-genai on the GPU beside those of transformers in fp32 on the CPU, same directory."""
+    import onnxruntime
+
+    onnxruntime.preload_dlls()  # genai looks for the same CUDA libraries
+    import onnxruntime_genai as genai
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from export.convert import convert
+
+    convert(SHIPPED, directory, drop="33%", dtype=dtype)
+    config = genai.Config(directory)
+    config.clear_providers()
+    config.append_provider("cuda")
+    model = genai.Model(config)
+    tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+    ids = [int(i) for i in tokenizer.encode("It was a dark and stormy night, and the")]
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 64, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    got = [int(i) for i in generator.get_sequence(0)][len(ids) :]
+    reference = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    want = reference.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=2)[0, len(ids) :]
+    same = [a == b for a, b in zip(got, want.tolist(), strict=False)]
+    return {"device": model.device_type, "tokens": len(want), "same": [*same, False].index(False)}
+
+
 JOBS = {
     "ours": run_ours,
     "builder": run_builder,
     "torch": run_torch,
     "bandwidth": run_bandwidth,
     "correct": run_correct,
+    "genai": run_genai,
+    "lengths": run_lengths,
 }
 
 
@@ -254,7 +311,9 @@ def build_with_genai(source: Path, output: Path, work: Path) -> float:
     return time.perf_counter() - start
 
 
-def bench(shape: str, work: Path, prompts: list[int], without: set[str], bandwidth: float) -> dict[str, Any]:
+def bench(
+    shape: str, work: Path, prompts: list[int], without: set[str], bandwidth: float, keep: bool
+) -> dict[str, Any]:
     import synthetic
 
     from export.convert import convert
@@ -295,9 +354,10 @@ def bench(shape: str, work: Path, prompts: list[int], without: set[str], bandwid
         for model, directory in ((f"{count} dropped", pruned), ("original", original)):
             measured = job("ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
             add(model, "ours" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, directory)
-    for directory in (original, pruned):
+    lengths = job("lengths", directory=str(original))
+    for directory in () if keep else (original, pruned):
         shutil.rmtree(directory, ignore_errors=True)
-    return {"shape": shape, "dropped": count, "rows": rows}
+    return {"shape": shape, "dropped": count, "rows": rows, "lengths": lengths}
 
 
 COUNTS = {"7b": 10, "13b": 13}  # the paper's 33%, as whole numbers
@@ -324,6 +384,9 @@ def markdown(results: dict[str, Any]) -> str:
             ]
             cells = [row["model"], row["runner"], f"{row['load_s']:.1f}", f"{row['gpu_bytes'] / 1e9:.1f}"]
             lines.append("| " + " | ".join(cells + prefill + decode) + " |")
+        if "failed" not in run["lengths"]:
+            said = ", ".join(f"{name} {row['ms']:.1f} ms" for name, row in run["lengths"].items())
+            lines += ["", f"Prefill of a prompt length not met before (601 to 645 tokens), original, ours: {said}."]
     if results["shapes"]:
         lines += ["", "Milliseconds, medians; in brackets the decode step over its floor."]
     if results["correct"]:
@@ -332,6 +395,10 @@ def markdown(results: dict[str, Any]) -> str:
         for dtype, rows in results["correct"].items():
             for name, row in rows.items() if "failed" not in rows else ():
                 lines.append(f"| {dtype} | {name} | {row['relative_error']:.1e} | {row['agreement']:.2%} |")
+    for dtype, row in results["genai"].items():
+        if "failed" not in row:
+            same = f"the first {row['same']} of {row['tokens']} greedy tokens are those of transformers in fp32"
+            lines += ["", f"onnxruntime-genai on {row['device']}, {dtype}: {same}."]
     return "\n".join(lines) + "\n"
 
 
@@ -344,11 +411,12 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,2048,4000")
     parser.add_argument("--without", default="", help="builder, torch, correct")
     parser.add_argument("--work", type=Path, default=Path("out/bench_cuda"), help="where the checkpoints are made")
+    parser.add_argument("--keep", action="store_true", help="leave the original and the pruned directory in --work")
     parser.add_argument("--output", type=Path, help="write results.json and results.md here")
     arguments = parser.parse_args()
     without = set(filter(None, arguments.without.split(",")))
     prompts = [int(p) for p in arguments.prompts.split(",")]
-    work = arguments.work / str(os.getpid())
+    work = arguments.work if arguments.keep else arguments.work / str(os.getpid())
     work.mkdir(parents=True)
     try:
         bandwidth = job("bandwidth")
@@ -365,20 +433,22 @@ def main() -> None:
         packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
         results: dict[str, Any] = {
             "date": date.today().isoformat(), "device": bandwidth["device"], "bandwidth": bandwidth["bytes_per_s"],
-            "versions": {p: found(p) for p in packages}, "prompts": prompts, "correct": {}, "shapes": [],
+            "versions": {p: found(p) for p in packages}, "prompts": prompts, "correct": {}, "genai": {}, "shapes": [],
         }  # fmt: skip
         if "correct" not in without:
             for dtype in ("float16", "bfloat16"):
                 results["correct"][dtype] = job("correct", dtype=dtype, directory=str(work / dtype))
+                results["genai"][dtype] = job("genai", dtype=dtype, directory=str(work / f"{dtype}-genai"))
         for shape in filter(None, arguments.shapes.split(",")):
-            results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"]))
+            results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"], arguments.keep))
             if arguments.output:  # after each, since it takes minutes
                 arguments.output.mkdir(parents=True, exist_ok=True)
                 (arguments.output / "results.json").write_text(json.dumps(results, indent=1))
                 (arguments.output / "results.md").write_text(markdown(results))
         print(markdown(results))
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not arguments.keep:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

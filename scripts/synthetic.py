@@ -23,8 +23,11 @@ SHAPES = {  # hidden, intermediate, layers, heads, key/value heads
 }
 
 
-def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000) -> int:
-    """Write the checkpoint into a new directory; returns the bytes of weights."""
+def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000, laid_out: bool = False) -> int:
+    """Write the checkpoint into a new directory; returns the bytes of weights.
+
+    ``laid_out``: in the order that a graph over the files wants, so that nobody has to copy it for that.
+    """
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "hidden_act": "silu",
@@ -37,9 +40,9 @@ def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000) -> int:
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    # alphabetically, as the safetensors library writes: not the order in which we lay tensors out
     names = Decoder.from_config(config, directory / "config.json").tensors()
-    for name in sorted(names):
+    # else alphabetically, as the safetensors library writes
+    for name in names if laid_out else sorted(names):
         nbytes = 2 * int(np.prod(names[name]))
         if used and used + nbytes > shard_bytes:
             shards.append({})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,22 @@ def ids() -> list[int]:
     return AutoTokenizer.from_pretrained(MODEL)(TEXT)["input_ids"]
 
 
+def genai_tokens(directory: Path, ids: list[int]) -> list[int]:
+    """``ids``, which genai's own tokenizer must give for TEXT, and 32 greedy tokens more."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(directory))
+    tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+    assert tokenizer.encode(TEXT).tolist() == ids
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 32, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(map(int, generator.get_sequence(0)))
+
+
 @pytest.fixture
 def copy(pruned, tmp_path) -> Path:
     return Path(shutil.copytree(pruned, tmp_path / "copy"))
@@ -96,6 +113,20 @@ def test_logits_prefill_and_64_steps(session, oracle, ids):
 
 def test_batch_of_unequal_prompts(session, oracle, ids):
     assert difference(session, oracle, [ids, ids[:3], ids[4:11]], steps=64) < LIMIT
+
+
+@pytest.mark.parametrize("last_token_logits", [False, True])
+def test_prompts_padded_as_on_cuda(copy, oracle, ids, monkeypatch, last_token_logits):
+    monkeypatch.setattr(OnnxSession, "_padded", lambda self, width: min(-(-width // 64) * 64, self.max_length))
+    export(copy, last_token_logits=last_token_logits)
+    session = OnnxSession(copy, max_length=100)  # no multiple of 64
+    assert difference(session, oracle, [ids, ids[:3]], steps=4) < LIMIT
+    assert difference(session, oracle, [(ids * 9)[:90], ids], steps=4) < LIMIT
+    session.reset(), oracle.reset()
+    session.prefill([ids]), oracle.prefill([ids])
+    assert np.abs(session.prefill([ids[1:]]) - oracle.prefill([ids[1:]])).max() < LIMIT
+    if not last_token_logits:
+        assert np.abs(session.logits(np.array([ids])) - oracle.logits(np.array([ids]))).max() < LIMIT
 
 
 def test_prefill_in_parts(session, oracle, ids):
@@ -315,6 +346,40 @@ def test_a_tampered_graph_is_caught(copy):
         OnnxSession(copy)
 
 
+@pytest.mark.parametrize("index_too", [False, True])
+def test_swapped_shards_are_caught(tmp_path, index_too):
+    convert(MODEL, tmp_path / "out", layers="3", max_shard_size="6MB")
+    first, second = sorted((tmp_path / "out").glob("*.safetensors"))
+    first.rename(tmp_path / "moved"), second.rename(first), (tmp_path / "moved").rename(second)
+    if index_too:  # the checkpoint then is whole again, and only the graph knows
+        index = tmp_path / "out" / "model.safetensors.index.json"
+        text = index.read_text().replace(first.name, "moved").replace(second.name, first.name)
+        index.write_text(text.replace("moved", second.name))
+        assert open_checkpoint(tmp_path / "out").tensors
+    for use in (OnnxSession, export):
+        with pytest.raises(PruneAttnError, match=first.name):
+            use(tmp_path / "out")
+    assert any(first.name in problem for problem in verify(tmp_path / "out").problems)
+
+
+@pytest.mark.parametrize("replaced", [0, 1])
+def test_an_export_killed_in_place_leaves_a_graph_that_runs(copy, session, ids, replaced):
+    code = (
+        "import os, signal, sys; from export.deliver import export; replace, left = os.replace, [int(sys.argv[2])]\n"
+        "def kill(*paths):\n"
+        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left[0] -= 1; replace(*paths)\n"
+        "os.replace = kill; export(sys.argv[1], context=256)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, copy, str(replaced)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    half = OnnxSession(copy)
+    assert half.max_length == (256 if replaced else 1024)
+    assert np.array_equal(half.logits(np.array([ids])), session.logits(np.array([ids])))
+    export(copy)  # cleans up after the killed one
+    assert verify(copy).ok
+
+
 # -- the session -------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +391,7 @@ def test_hub_cache_links(pruned, tmp_path, session, ids):
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
     batch = np.array([ids])
     assert np.array_equal(OnnxSession(snapshot).logits(batch), session.logits(batch))
+    assert genai_tokens(snapshot, ids) == genai_tokens(pruned, ids)
     with pytest.raises(PruneAttnError, match="is a link"):
         export(snapshot)
 
@@ -367,25 +433,14 @@ def test_cuda_is_not_taken_for_granted(tmp_path):
 
 @pytest.mark.parametrize("last_token_logits", [False, True])
 def test_genai_gives_the_same_greedy_tokens(copy, oracle, ids, last_token_logits):
-    genai = pytest.importorskip("onnxruntime_genai")
     export(copy, last_token_logits=last_token_logits)
     assert json.loads((copy / "genai_config.json").read_bytes())["search"]["max_length"] == 1024
-    model = genai.Model(str(copy))
-    tokenizer = genai.Tokenizer(model)
-    tokenizer.update_options(add_special_tokens="true")
-    assert tokenizer.encode(TEXT).tolist() == ids
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(ids) + 32, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
     oracle.reset()
     tokens, logits = list(ids), oracle.prefill([ids])
     while len(tokens) < len(ids) + 32 and tokens[-1] != 2:
         tokens.append(int(logits.argmax()))
         logits = oracle.decode(tokens[-1:])
-    assert list(generator.get_sequence(0)) == tokens
+    assert genai_tokens(copy, ids) == tokens
 
 
 # -- docs/onnx.md ------------------------------------------------------------------------------------------------------

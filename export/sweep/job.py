@@ -19,6 +19,7 @@ from export.sweep.progress import Kept, kept, write_whole
 from export.sweep.table import to_csv, to_markdown
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.llama import SUBLAYERS
 from pruner.plan import PruningPlan, original_counts, parse_drop, read_plan
@@ -71,7 +72,7 @@ def sweep(
 ) -> Sweep:
     """Perplexity on ``text`` and speed for each of ``sublayer``, ``strategy`` and ``fractions`` (comma-separated).
 
-    An order is chosen once for each sublayer kind and strategy, for the largest fraction, on ``calibration``
+    ``source`` is a directory or a Hub id. An order is chosen once for each sublayer kind and strategy, for the largest fraction, on ``calibration``
     (``samples`` of ``length`` tokens, ``seed``), and cut for the smaller ones. Perplexity: windows of ``window`` tokens
     (default: the model's context, at most 2,048) without overlap, the first ``limit`` of them. Speed: decode and
     prefill at batch 1, the sublayers really absent, timed in turn with the original ``rounds`` times (0: not at all).
@@ -88,7 +89,8 @@ def sweep(
 
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
-    source, output = Path(source), Path(output)
+    output, show = Path(output), progress or (lambda stage, done, total: None)
+    source = fetch(source, progress=lambda done, total, what: show(what, done, total))
     checkpoint = open_checkpoint(source)
     usual = (*POSITIONAL, "similarity", "search") if calibration is not None else POSITIONAL
     strategies = _choices("--strategy", strategy or ",".join(usual), STRATEGIES)
@@ -128,7 +130,6 @@ def sweep(
     }  # fmt: skip
 
     with kept(output, setting) as work:
-        show = progress or (lambda stage, done, total: None)
         calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
         plans: dict[tuple[str, str], PruningPlan] = {}
         for kind in sublayers:

@@ -77,11 +77,11 @@ def measure_speed(
             repeats=rounds,
             progress=lambda done, total, i=i: show("speed", i * total + done, len(wanted) * total),
         )
-        ratio = speedup(times["original"], times["pruned"])
-        ms = {name: summary(of, len(prompts)) for name, of in times.items()}
+        original, other = (summary(times[name], len(prompts)) for name in ("original", "pruned"))
+        ratio = speedup([(original, other)])
         work.speed[counts] = {
             kind: {
-                "ms": ms["pruned"][f"{kind}_ms"]["median"],
+                "ms": other[f"{kind}_ms"]["median"],
                 "speedup": ratio[kind]["value"],
                 "speedup_low": ratio[kind]["low"],
                 "speedup_high": ratio[kind]["high"],

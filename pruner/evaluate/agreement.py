@@ -46,7 +46,8 @@ def compare(
     """Run both on every window. Memory: the logits of one call of each. ``progress``: (windows done, in all)."""
     if original.vocab_size != pruned.vocab_size:
         raise PruneAttnError(
-            f"the vocabularies differ: {original.vocab_size} and {pruned.vocab_size}; give a model and what was made of it"
+            f"the vocabularies have {original.vocab_size} and {pruned.vocab_size} tokens; "
+            "give a model and what was made of it"
         )
     batch = batch or default_batch(original, max(len(w.ids) for w in windows))
     columns: list[list[np.ndarray]] = [[] for _ in range(5)]

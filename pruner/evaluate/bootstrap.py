@@ -7,7 +7,7 @@ each other, so whole blocks of text are drawn, not tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,14 +30,16 @@ def estimate(
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def median_ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Median of ``a`` over median of ``b``, paired: (N,) each."""
-
-    def statistic(counts: np.ndarray) -> np.ndarray:
-        drawn = [np.repeat(np.arange(len(a)), row) for row in counts]
-        return np.array([np.median(a[i]) / np.median(b[i]) for i in drawn])
-
-    return estimate(statistic, len(a), seed)
+def median_ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> dict[str, float]:
+    """Median of the first over median of the second, both (N,) and drawn together; of several pairs, the geometric
+    mean of their ratios."""
+    rng, logs, value = np.random.default_rng(seed), np.zeros(RESAMPLES), 0.0
+    for a, b in (map(np.asarray, pair) for pair in pairs):
+        drawn = rng.integers(len(a), size=(RESAMPLES, len(a)))
+        logs += np.log(np.median(a[drawn], axis=1) / np.median(b[drawn], axis=1)) / len(pairs)
+        value += float(np.log(np.median(a) / np.median(b))) / len(pairs)
+    low, high = np.exp(np.quantile(logs, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return {"value": float(np.exp(value)), "low": float(low), "high": float(high)}
 
 
 def quantile(values: np.ndarray, block: np.ndarray, q: float, counts: np.ndarray) -> np.ndarray:

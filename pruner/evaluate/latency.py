@@ -7,7 +7,7 @@ within a repeat depend on each other; repeats are what the confidence intervals 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,34 +85,38 @@ def _once(model: LanguageModel, prompts: list[list[int]], new_tokens: int, times
 
 
 def summary(times: Times, batch: int) -> dict[str, Any]:
-    """Milliseconds and tokens a second of one model."""
+    """Milliseconds and tokens a second of one model; ``repeats_ms`` has what the intervals are made of."""
     steps = np.array(times.steps)
-    decode = _quantiles(steps.ravel(), {"median": 50, "p90": 90, "p99": 99})
-    decode["repeat_medians"] = [round(float(m), 4) for m in 1e3 * np.median(steps, axis=1)]
     spread = {"median": 50, "p10": 10, "p90": 90}
     return {
-        "repeats": len(times.whole),
         "prefill_ms": _quantiles(times.prefill, spread),
         "first_token_ms": _quantiles(times.first, spread),
-        "decode_ms": decode,
+        "decode_ms": _quantiles(steps.ravel(), {"median": 50, "p90": 90, "p99": 99}),
         "tokens_per_second": round(batch * (steps.shape[1] + 1) / float(np.median(times.whole)), 2),
+        "repeats_ms": {
+            "prefill": _milliseconds(times.prefill),
+            "first_token": _milliseconds(times.first),
+            "decode": _milliseconds(np.median(steps, axis=1)),  # a repeat's median step
+            "end_to_end": _milliseconds(times.whole),
+        },
     }
 
 
-def _quantiles(seconds: Any, which: dict[str, int]) -> dict[str, Any]:
-    values = np.percentile(seconds, list(which.values())) * 1e3
-    return {name: round(float(value), 4) for name, value in zip(which, values, strict=True)}
+def _milliseconds(seconds: Iterable[float]) -> list[float]:
+    return [round(1e3 * float(s), 4) for s in seconds]
 
 
-def speedup(original: Times, pruned: Times, seed: int = 0) -> dict[str, dict[str, float]]:
-    """How many times as fast the pruned one is, with the 95% interval over repeats: medians' ratio."""
-    pairs = {
-        "prefill": (original.prefill, pruned.prefill),
-        "first_token": (original.first, pruned.first),
-        "decode": tuple(np.median(np.array(t.steps), axis=1) for t in (original, pruned)),
-        "end_to_end": (original.whole, pruned.whole),
+def _quantiles(seconds: Any, which: dict[str, int]) -> dict[str, float]:
+    return dict(zip(which, _milliseconds(np.percentile(seconds, list(which.values()))), strict=True))
+
+
+def speedup(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], seed: int = 0) -> dict[str, dict[str, float]]:
+    """How many times as fast the second of each pair of summaries is than the first: the ratio of the medians over
+    repeats, with its 95% interval; of several pairs the geometric mean."""
+    return {
+        what: bootstrap.median_ratio([(a["repeats_ms"][what], b["repeats_ms"][what]) for a, b in pairs], seed)
+        for what in ("prefill", "first_token", "decode", "end_to_end")
     }
-    return {name: bootstrap.median_ratio(np.array(a), np.array(b), seed) for name, (a, b) in pairs.items()}
 
 
 def out_of_memory(error: BaseException) -> bool:

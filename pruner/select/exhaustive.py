@@ -18,6 +18,11 @@ def subsets(candidates: Sequence[int], count: int) -> Iterator[Dropped]:
         yield from map(frozenset, combinations(sorted(candidates), size))
 
 
+def layer_evaluations(sets: Sequence[Dropped], layers: int) -> int:
+    """How many layers running all these sets takes: one for each distinct beginning."""
+    return sum(len({s & frozenset(range(layer + 1)) for s in sets}) for layer in range(layers))
+
+
 def check_few(candidates: int, count: int) -> int:
     """The number of subsets; ``PruneAttnError`` where they are too many to try."""
     many = sum(comb(candidates, size) for size in range(1, count + 1))

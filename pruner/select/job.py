@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
-from pruner.select.exhaustive import check_few, exhaustive
+from pruner.select.exhaustive import check_few, exhaustive, layer_evaluations, subsets
 from pruner.select.positional import POSITIONAL
-from pruner.select.search import Found, extend, order_of, search
+from pruner.select.search import Found, expected_work, extend, order_of, search
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CALIBRATED = ("similarity", "search", "exhaustive")
 OBJECTIVES = ("kl", "ce")
-SAMPLES, LENGTH = 64, 2048
+SAMPLES, LENGTH = 32, 2048  # by the study in docs/selection.md
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
 
@@ -68,9 +68,9 @@ def selection(
 
     ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
     The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed``
-    says where in its part of the text each window lies. ``partial`` is a file that keeps what has been computed until
-    the plan is made; with ``resume`` an interrupted run goes on from it to the same plan. ``say`` gets lines about
-    what will be done and how long it takes. Raises ``PruneAttnError`` for bad input and ``MachineError``.
+    says where in its part of the text each window lies. ``partial`` is a file that keeps what has been computed; with
+    ``resume`` an interrupted run goes on from it to the same plan (remove it when the plan is safe). ``say`` gets lines
+    about what will be done and how long it takes. Raises ``PruneAttnError`` for bad input and ``MachineError``.
     """
     from pruner.checkpoint import Checkpoint, open_checkpoint
     from pruner.plan import candidates_for, plan_drop
@@ -105,7 +105,6 @@ def selection(
         found = job.by_loss(candidates, count)
         order = order_of(found, count)
     plan = job.plan(order, found, count, str(drop))
-    job.finish()
     return Selection(plan, job.cost(time.monotonic() - started))
 
 
@@ -131,7 +130,7 @@ class _Job:
         self.device, self.seed, self.progress = device, seed, progress
         self.say = say or (lambda _: None)
         self.partial, self.resume = None if partial is None else Path(partial), resume
-        self.status, self.total, self.saved_at = "reading", 0.0, time.monotonic()
+        self.status, self.total, self.expected, self.saved_at = "", 0.0, 0.0, time.monotonic()
         self.check_partial()
 
     def check_partial(self) -> None:
@@ -180,6 +179,7 @@ class _Job:
             + ("" if room.store == self.device else "; hidden states wait in CPU memory")
         )
         self.total = self.samples * self.checkpoint.decoder.num_layers
+        self.began = time.monotonic()
         evaluator.losses([frozenset()])
 
     def by_similarity(self, candidates: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,9 +189,16 @@ class _Job:
 
     def by_loss(self, candidates: tuple[int, ...], count: int) -> Found:
         """The best sets up to ``count``, and a greedy order beyond."""
-        from pruner.select.positional import positional_order
-
         layers, screen, samples = self.checkpoint.decoder.num_layers, self.screen, self.samples
+        shape = {"layers": layers, "samples": samples, "screen": screen, "confirm": CONFIRM}
+        done = self.evaluator.layer_samples
+        work = expected_work(len(candidates), count, 0, **shape)
+        if self.strategy == "exhaustive":
+            work = samples * layer_evaluations(list(subsets(candidates, count)), layers)
+            work += expected_work(len(candidates), -1, count, **shape)
+        self.expected = work * (time.monotonic() - self.began) / done
+        self.say(f"about {work / samples:,.0f} layer evaluations, which will take about {_duration(self.expected)}")
+        self.total = done + work
 
         def losses(sets: Any, samples: int) -> np.ndarray:
             return self.evaluator.losses(sets, samples, self.keep)
@@ -199,16 +206,18 @@ class _Job:
         def step(size: int, found: Found) -> None:
             _, dropped = found.sets[size]
             self.status = f"{size} dropped: {_listed(dropped)}; perplexity {self.evaluator.perplexity(dropped):.2f}"
+            if self.strategy != "exhaustive":
+                self.total = self.evaluator.layer_samples + expected_work(len(candidates), count, size, **shape)
             self.save()
 
         if self.strategy == "exhaustive":
             found = exhaustive(losses, candidates, count, samples)
         else:
             others = [self.by_similarity(candidates)]
-            others += [positional_order(name, candidates, layers) for name in POSITIONAL]
             found = search(
                 losses, candidates, count, samples=samples, screen=screen, confirm=CONFIRM, others=others, step=step
             )
+            self.save()
         extend(losses, candidates, found, screen, step)
         return found
 
@@ -252,6 +261,7 @@ class _Job:
             "seconds": seconds,
             "layer_evaluations": done / self.samples,
             "tokens_per_second": done * self.length / layers / seconds,
+            "expected_seconds": self.expected,
         }
         if self.device.startswith("cuda"):
             import torch
@@ -311,10 +321,6 @@ class _Job:
             )
         return state
 
-    def finish(self) -> None:
-        if self.partial is not None:
-            self.partial.unlink(missing_ok=True)
-
 
 def how_many(
     text: Text, context: int, samples: int | None, length: int | None, say: Callable[[str], None]
@@ -352,6 +358,16 @@ def windows(ids: np.ndarray, samples: int, length: int, seed: int) -> np.ndarray
     stride = max(1, math.isqrt(samples))
     spread = [i for first in range(stride) for i in range(first, samples, stride)]
     return np.stack([ids[starts[i] : starts[i] + length] for i in spread])
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _listed(layers: Any) -> str:

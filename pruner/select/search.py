@@ -44,32 +44,33 @@ def search(
     others: Sequence[Sequence[int]] = (),
     step: Callable[[int, Found], None] | None = None,
 ) -> Found:
-    """The best sets of 1 to ``count`` of ``candidates``: screened on the first ``screen`` of ``samples``.
+    """The best sets of 1 to ``count`` of ``candidates``, and of one more, which is needed to improve the last.
 
-    The ``confirm`` best of a step are run on all. ``others`` are orders whose beginnings are looked at as well.
-    ``step`` is called with each size that is done.
+    All sets of a step are run on the first ``screen`` of ``samples``, the best ``confirm`` of them on all. ``others``
+    are orders whose beginnings are looked at as well. ``step`` is called with each size that is done.
     """
     found = Found({0: (float(losses([frozenset()], samples)[0]), frozenset())})
 
-    def best(sets: Iterable[Dropped], keep: int, always: Iterable[Dropped] = ()) -> tuple[float, Dropped]:
-        sets = list(sets)
-        short = [s for _, s in rank(sets, losses(sets, screen))[:keep]] if screen < samples else sets
-        short = list(dict.fromkeys([*short, *always]))
-        return rank(short, losses(short, samples))[0]
+    def best(sets: Iterable[Dropped], keep: int, below: float = float("inf")) -> tuple[float, Dropped] | None:
+        sets = list(dict.fromkeys(sets))
+        short = [s for loss, s in rank(sets, losses(sets, screen)) if loss < below][:keep]
+        return rank(short, losses(short, samples))[0] if short else None
 
     size = 0
-    while size < count:
+    while size < min(count + 1, len(candidates)):
         base = found.sets[size][1]
         size += 1
-        known = [found.sets[size][1]] if size in found.sets else []
-        known += [frozenset(order[:size]) for order in others if len(order) >= size]
-        found.sets[size] = best([base | {i} for i in candidates if i not in base], confirm, known)
+        sets = [base | {i} for i in candidates if i not in base] + [frozenset(order[:size]) for order in others]
+        grown = best((s for s in sets if len(s) == size), confirm)
+        if size not in found.sets or grown[0] < found.sets[size][0]:
+            found.sets[size] = grown
         while size > 2:
-            one_less = best([found.sets[size][1] - {i} for i in found.sets[size][1]], (confirm + 1) // 2)
-            if one_less[0] >= found.sets[size - 1][0]:
+            known, here = found.sets[size - 1], found.sets[size][1]
+            less = best((here - {i} for i in here), (confirm + 1) // 2, float(losses([known[1]], screen)[0]))
+            if less is None or less[0] >= known[0]:
                 break
             size -= 1
-            found.sets[size] = one_less
+            found.sets[size] = less
         found.confirmed = max(found.confirmed, size)
         if step:
             step(size, found)
@@ -84,8 +85,8 @@ def extend(
     step: Callable[[int, Found], None] | None = None,
 ) -> None:
     """Go on from the largest set, greedily and on the first ``screen`` samples alone, until every candidate is in."""
-    base = found.sets[found.confirmed][1]
-    for size in range(found.confirmed + 1, len(candidates) + 1):
+    base = found.sets[max(found.sets)][1]
+    for size in range(max(found.sets) + 1, len(candidates) + 1):
         sets = [base | {i} for i in candidates if i not in base]
         found.sets[size] = rank(sets, losses(sets, screen))[0]
         base = found.sets[size][1]
@@ -94,7 +95,7 @@ def extend(
 
 
 def order_of(found: Found, count: int) -> tuple[int, ...]:
-    """An order that begins with the best set of ``count`` layers, and with those of other sizes where they are nested."""
+    """An order that begins with the best set of ``count`` layers, and with the others where they are nested."""
     sizes = sorted(found.sets)
     place: dict[int, int] = {}
     for layer in found.sets[sizes[-1]][1] | found.sets[count][1]:
@@ -103,3 +104,17 @@ def order_of(found: Found, count: int) -> tuple[int, ...]:
         run = [n for n in sizes if (n <= count) == inside]
         place[layer] = min(n for n in run if all(layer in found.sets[m][1] for m in run if m >= n))
     return tuple(sorted(place, key=lambda layer: (place[layer], -layer)))
+
+
+def expected_work(
+    candidates: int, count: int, sizes: int, *, layers: int, samples: int, screen: int, confirm: int
+) -> float:
+    """About how many layers times samples remain when ``sizes`` sizes are done; a candidate runs half the layers."""
+    work = 0.0
+    for size in range(sizes + 1, candidates + 1):
+        sets = candidates - size + 1
+        work += screen * layers * (1 + sets / 2)
+        if size <= count + 1:
+            work += (samples - screen) * layers * (1 + min(confirm, sets) / 2)
+            work += screen * layers * (1 + size / 2) * (size > 2)
+    return work

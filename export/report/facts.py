@@ -1,0 +1,130 @@
+"""What a report says of the machine and of the two models, so that a figure can be measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pruner
+from export.record import read_record
+from pruner.checkpoint import Checkpoint
+from pruner.summary import totals
+
+_PACKAGES = (
+    "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm_eval", "numpy", "safetensors", "tokenizers",
+)  # fmt: skip
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, driver, versions, threads, and the commit or version of this tool."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "device": device,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "prune_attn": {"version": pruner.__version__, "commit": _commit()},
+        "gpu": None,
+    }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        facts["gpu"] = {
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def model_facts(checkpoint: Checkpoint, weights_sha256: bool) -> dict[str, Any]:
+    """Name, sizes and hashes of one model. ``weights_sha256`` reads every byte of it."""
+    facts = {
+        "path": str(checkpoint.path),
+        **checkpoint.fingerprint(),
+        **totals(checkpoint.decoder, checkpoint.tensors),
+        "embedding_bytes": _read_by_row(checkpoint),
+        "weights_sha256": None,
+    }
+    if weights_sha256:
+        facts["weights_sha256"] = {shard.path.name: _file_sha256(shard.path) for shard in checkpoint.shards}
+    return facts
+
+
+def pruning_facts(original: Checkpoint, pruned: Checkpoint, attention: list[int], mlp: list[int]) -> dict[str, Any]:
+    """Which layers are gone, in the original's numbers, and how they were chosen."""
+    record = read_record(pruned.path) or {}
+    return {
+        "layers": original.decoder.num_layers,
+        "attention": attention,
+        "mlp": mlp,
+        "absent_before": {
+            kind: sorted(set(range(original.decoder.num_layers)) - set(original.decoder.present(kind)))
+            for kind in ("attention", "mlp")
+        },
+        "strategy": record.get("strategy"),
+        "requested": record.get("requested"),
+        "converted_to": record.get("converted_to"),
+    }
+
+
+def identity(checkpoint: Checkpoint) -> list[Any]:
+    """What tells whether a checkpoint is the one that a saved part was measured on; no weights are read."""
+    stats = [(shard.path.name, shard.path.stat()) for shard in checkpoint.shards]
+    return [checkpoint.fingerprint(), [[name, s.st_size, s.st_mtime_ns] for name, s in stats]]
+
+
+def _read_by_row(checkpoint: Checkpoint) -> int:
+    """Bytes of an embedding table that is not the head too: one row of it is read a token."""
+    table = checkpoint.tensors.get("model.embed_tokens.weight")
+    return 0 if table is None or checkpoint.decoder.tied else table.nbytes
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    root = Path(pruner.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, so that the version says it all
+        return None
+    commit = _first_line("git", "-C", str(root), "rev-parse", "HEAD")
+    return commit and commit + ("+changes" if _first_line("git", "-C", str(root), "status", "--porcelain") else "")
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split("\n") if done.returncode == 0 else []
+    return lines[0].strip() or None if lines else None
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,429 @@
+"""Tasks of lm-evaluation-harness for any ``LanguageModel``: names, data, shots, and what the field reports of each."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib.util
+import io
+import math
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruner.errors import MachineError, PruneAttnError
+from pruner.model import LanguageModel
+
+if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
+    from transformers import PreTrainedTokenizerBase
+
+# The Open LLM Leaderboard's first version: shots and metric of each
+# (https://huggingface.co/docs/leaderboards/open_llm_leaderboard/archive)
+OPENLLM = {
+    "arc_challenge": (25, "acc_norm,none"),
+    "hellaswag": (10, "acc_norm,none"),
+    "truthfulqa_mc2": (0, "acc,none"),
+    "mmlu": (5, "acc,none"),
+    "winogrande": (5, "acc,none"),
+    "gsm8k": (5, "exact_match,strict-match"),
+}
+SHIPPED = {"cloze": Path(__file__).parent / "cloze" / "cloze.yaml"}
+_METRICS = ("acc_norm", "exact_match", "acc", "f1")  # of several, the first of these is the one that people quote
+_FILTERS = ("strict-match", "none")
+
+Progress = Callable[[str, int, int], None]  # task, requests done, of how many
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What was asked for: a name of the harness or a task file, and how many shots (``None``: its own number)."""
+
+    name: str
+    shots: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.shots is None else f"{self.name}@{self.shots}"
+
+    @property
+    def path(self) -> Path | None:
+        """Its task file; ``None`` for one of the harness."""
+        return SHIPPED.get(self.name) or (Path(self.name) if self.name.endswith((".yaml", ".yml")) else None)
+
+
+def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
+    """The tasks that a request stands for; nothing is fetched.
+
+    ``openllm`` (six tasks with their shots), ``cloze`` (shipped), a YAML file, or a task, group, tag or pattern of the
+    harness; ``@N`` after any of them gives it N shots. Raises ``PruneAttnError`` for a name that nobody knows, with
+    those like it, for a file that is no task file, and where the harness is not installed.
+    """
+    return [str(task) for task in _resolve(tasks)]
+
+
+def run_tasks(
+    make_model: Callable[[], LanguageModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: str | Sequence[str],
+    *,
+    limit: int | None = None,
+    batch: int = 8,
+    seed: int | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+    done: dict[str, Any] | None = None,
+    save: Callable[[str, Any], None] | None = None,
+) -> dict[str, Any]:
+    """Run tasks on one model; values as fractions, in JSON types.
+
+    A ``TorchLanguageModel`` is run by the harness's own Hugging Face model, anything else by ``LanguageModelLM``.
+    ``make_model`` is called once, after all the data is there. ``limit``: the first so many items of each task.
+    ``seed``: of the few-shot examples; ``None`` takes the harness's own seeds, with which others publish.
+    ``max_length``: tokens of context, by default the model's. ``save`` gets each finished task; given back as ``done``
+    it is not run again. Out of memory, the batch is halved and a note says so.
+
+    Raises ``PruneAttnError`` for names (see ``resolve_tasks``), for data that cannot be fetched, and for what a task
+    asks that the model cannot do.
+    """
+    wanted, done = _resolve(tasks), dict(done or {})
+    todo = [task for task in wanted if str(task) not in done]
+    from lm_eval import __version__
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    first, other = (DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED) if seed is None else (seed, seed)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
+        cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-attn-", ignore_cleanup_errors=True))
+        loaded = {task: _load(task, cache, other) for task in todo}
+        _check_apart(loaded)
+        model = make_model() if todo else None
+        for task in todo:
+            entries = _evaluate(
+                task, loaded[task], model, tokenizer, limit, batch, max_length, (first, other), progress
+            )
+            done[str(task)] = entries
+            if save:
+                save(str(task), entries)
+    found = {name: entry for task in wanted for name, entry in done[str(task)].items()}
+    averaged = [name for name, entry in found.items() if _is_share(entry)]
+    return {
+        "harness": __version__,
+        "limit": limit,
+        "batch": batch,
+        "seeds": {"python": first, "numpy": other, "torch": other, "fewshot": other},
+        "tasks": found,
+        "averaged": averaged,
+        "average": statistics.fmean(found[name]["value"] for name in averaged) if averaged else None,
+    }
+
+
+def compare_tasks(original: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
+    """Two results of ``run_tasks`` side by side: differences, ratios, and standard errors of the paired differences.
+
+    Both models answered the same items, so the error of the difference is that of the items' differences, which is
+    much smaller than the two models' own errors suggest. ``None`` where a task has no value an item.
+    """
+    rows: dict[str, Any] = {}
+    for name in original["tasks"]:
+        if name not in pruned["tasks"]:
+            continue
+        a, b = original["tasks"][name], pruned["tasks"][name]
+        rows[name] = {
+            "metric": a["metric"],
+            "original": a["value"],
+            "pruned": b["value"],
+            "difference": b["value"] - a["value"],
+            "stderr": _paired_stderr(a["items"], b["items"]) if a["hash"] == b["hash"] else None,
+            "ratio": b["value"] / a["value"] if a["value"] else None,
+        }
+    names = [name for name in original["averaged"] if name in rows and name in pruned["averaged"]]
+    average = None
+    if names:
+        before, after = (statistics.fmean(rows[n][key] for n in names) for key in ("original", "pruned"))
+        errors = [rows[name]["stderr"] for name in names]
+        average = {
+            "original": before,
+            "pruned": after,
+            "difference": after - before,
+            "stderr": None if None in errors else math.hypot(*errors) / len(errors),
+            "ratio": after / before if before else None,
+        }
+    return {"tasks": rows, "average": average}
+
+
+# -- names and data ----------------------------------------------------------------------------------------------------
+
+
+def _resolve(tasks: str | Sequence[str]) -> list[_Task]:
+    for module in ("lm_eval", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise PruneAttnError('tasks are run by lm-evaluation-harness; pip install "prune-attn[eval]"')
+    texts = [t.strip() for text in ([tasks] if isinstance(tasks, str) else tasks) for t in text.split(",")]
+    out: dict[str, _Task] = {}
+    for text in filter(None, texts):
+        for task in _resolve_one(text):
+            out.setdefault(str(task), task)
+    if not out:
+        raise PruneAttnError("no task is named; give --tasks openllm, a task of the harness, or a task file")
+    return list(out.values())
+
+
+def _resolve_one(text: str) -> list[_Task]:
+    name, at, number = text.rpartition("@")
+    if not at or not number.isdigit():
+        name, at, number = text, "", ""
+    shots = int(number) if number else None
+    if name == "openllm":
+        return [_Task(task, own if shots is None else shots) for task, (own, _) in OPENLLM.items()]
+    if name in SHIPPED:
+        return [_Task(name, shots)]
+    if name.endswith((".yaml", ".yml")):
+        _task_file(Path(name))
+        return [_Task(str(Path(name).absolute()), shots)]
+    found = _manager().match_tasks([name])
+    if not found:
+        like = difflib.get_close_matches(name, [*OPENLLM, "openllm", *SHIPPED, *_manager().all_tasks], n=4, cutoff=0.6)
+        hint = f"did you mean {', '.join(dict.fromkeys(like))}?" if like else "`lm_eval ls tasks` lists them"
+        raise PruneAttnError(f"unknown task {name!r}; {hint}")
+    return [_Task(task, shots) for task in found]
+
+
+@functools.cache
+def _manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()  # reads 14,000 names, some seconds
+
+
+def _task_file(path: Path, functions: bool = False) -> dict[str, Any]:
+    """The fields of a task file, what it includes merged in. Raises ``PruneAttnError`` where it is none."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not path.is_file():
+        raise PruneAttnError(f"{path}: no such task file; see docs/tasks.md")
+    try:
+        fields = load_yaml(path, resolve_func=functions)
+    except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
+        raise PruneAttnError(f"{path}: is not a task file ({_line(error)}); see docs/tasks.md") from None
+    if not isinstance(fields.get("task"), str):
+        raise PruneAttnError(f"{path}: names no task; it needs a line `task: NAME`, see docs/tasks.md")
+    return fields
+
+
+def _load(task: _Task, cache: str, seed: int) -> TaskDict:
+    """The harness's task objects with their data. Raises ``PruneAttnError`` where the data cannot be had."""
+    from lm_eval.tasks import TaskManager
+
+    path = task.path
+    try:
+        if path:
+            fields = _task_file(path, functions=True)
+            own = dict(fields.get("dataset_kwargs") or {})
+            if "data_files" in own:  # beside the task file, wherever the command is run; its Arrow copy is temporary
+                own = {"cache_dir": cache} | own | {"data_files": _beside(own["data_files"], path.absolute().parent)}
+                fields["dataset_kwargs"] = own
+            loaded = TaskManager(include_defaults=False).load([fields])
+        else:
+            loaded = _manager().load([task.name])
+    except PruneAttnError:
+        raise
+    except Exception as error:  # datasets, the Hub's client and the tasks' own code raise what they like
+        raise PruneAttnError(
+            f"task {task.name}: its data cannot be loaded ({type(error).__name__}: {_line(error)}); "
+            + (
+                "see docs/tasks.md"
+                if path
+                else "run it once online (without HF_HUB_OFFLINE), then the cache in HF_HOME has it"
+            )
+        ) from error
+    for one in loaded["tasks"].values():
+        own_shots = one.get_config("num_fewshot")
+        # the harness's rule: a task that says 0 has its examples in its text
+        one.set_config(key="num_fewshot", value=own_shots or 0 if task.shots is None or own_shots == 0 else task.shots)
+        one.set_fewshot_seed(seed=seed)
+    return loaded
+
+
+def _check_apart(loaded: dict[_Task, TaskDict]) -> None:
+    """Raise ``PruneAttnError`` where one name would stand for two things in the results."""
+    taken: dict[str, Any] = {}
+    for task, data in loaded.items():
+        for name, one in data["tasks"].items():
+            what = (task.path, one.get_config("num_fewshot"))
+            if taken.setdefault(name, what) != what:
+                raise PruneAttnError(f"task {name}: asked for twice, from two files or with two numbers of shots")
+
+
+def _beside(files: Any, folder: Path) -> Any:
+    """Relative file names made absolute where such a file lies in the folder."""
+    if isinstance(files, dict):
+        return {key: _beside(value, folder) for key, value in files.items()}
+    if isinstance(files, list):
+        return [_beside(value, folder) for value in files]
+    return str(folder / files) if (folder / str(files)).exists() else files
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    task: _Task,
+    loaded: TaskDict,
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    batch: int,
+    max_length: int | None,
+    seeds: tuple[int, int],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """{task: entry}: one for a task or a group that has a total, one for each task of any other group or tag."""
+    import copy
+
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    from pruner.evaluate.harness import LanguageModelLM, QuietHFLM
+    from pruner.model import TorchLanguageModel, _inference
+
+    report = (lambda so_far, total: progress(str(task), so_far, total)) if progress else None
+    options = {"batch": batch, "max_length": max_length or model.max_length, "report": report}
+    tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a pad token
+    if isinstance(model, TorchLanguageModel):
+        lm = QuietHFLM(model.model, tokenizer, **options)
+    else:
+        lm = LanguageModelLM(model, tokenizer, **options)
+    while True:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        torch.manual_seed(seeds[1])
+        lm.truncated = 0
+        full = None
+        try:
+            with _inference(), contextlib.redirect_stdout(io.StringIO()):
+                results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
+            break
+        except (MachineError, MemoryError, torch.OutOfMemoryError) as error:
+            full = error
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise PruneAttnError(f"task {task.name}: {_line(error)}") from error
+        # out of the handler, whose traceback would keep the memory
+        if lm.batch_size == 1:
+            raise MachineError(f"task {task.name}: out of memory with a batch of 1 ({_line(full)})") from None
+        lm.batch_size_per_gpu = max(1, lm.batch_size // 2)
+        torch.cuda.empty_cache()
+    notes = []
+    if lm.batch_size != batch:
+        notes.append(f"batch {lm.batch_size}: {batch} ran out of memory")
+    if lm.truncated:
+        notes.append(f"{lm.truncated} requests were longer than {lm.max_length} tokens and lost their beginning")
+    groups = results.get("groups", {})
+    own = {task.name: list(loaded["tasks"])} if task.name in groups else {name: [name] for name in loaded["tasks"]}
+    entries = {name: _entry(name, leaves, results) for name, leaves in own.items()}
+    return {name: entry | {"notes": notes} for name, entry in entries.items() if entry}
+
+
+def _entry(name: str, leaves: list[str], results: dict[str, Any]) -> dict[str, Any] | None:
+    row = (results.get("groups", {}) if name not in leaves else results["results"])[name]
+    metrics = {
+        key: {"value": float(value), "stderr": _number(row.get("{}_stderr,{}".format(*key.split(",", 1))))}
+        for key, value in row.items()
+        if "," in key and "_stderr," not in key and _number(value) is not None
+    }
+    if not metrics:
+        return None
+    primary = OPENLLM[name][1] if name in OPENLLM and OPENLLM[name][1] in metrics else _primary(metrics)
+    metric, filtered = primary.split(",", 1)
+    samples = [s for leaf in leaves for s in results["samples"][leaf] if s["filter"] == filtered]
+    items = [_number(sample.get(metric)) for sample in samples]
+    shots = sorted({results["n-shot"][leaf] for leaf in leaves})
+    better = {results["higher_is_better"][leaf].get(metric) for leaf in leaves}
+    # as the harness's own task_hashes: every item, prompt and target
+    hashed = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)
+    return {
+        "metric": metric,
+        "filter": filtered,
+        **metrics[primary],
+        "higher_is_better": better.pop() if len(better) == 1 else None,
+        "shots": shots[0] if len(shots) == 1 else shots,
+        "n": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+        "version": results["versions"].get(name),
+        "hash": hashlib.sha256(hashed.encode()).hexdigest(),
+        "metrics": metrics,
+        "items": None if None in items else items,
+    }
+
+
+def _primary(metrics: dict[str, Any]) -> str:
+    def rank(key: str) -> tuple[int, int]:
+        metric, filtered = key.split(",", 1)
+        return (
+            _METRICS.index(metric) if metric in _METRICS else len(_METRICS),
+            _FILTERS.index(filtered) if filtered in _FILTERS else len(_FILTERS),
+        )
+
+    return min(metrics, key=rank)  # the first of equals: tasks list their metrics in order
+
+
+def _is_share(entry: dict[str, Any]) -> bool:
+    return entry["higher_is_better"] is True and 0 <= entry["value"] <= 1
+
+
+def _paired_stderr(a: list[float] | None, b: list[float] | None) -> float | None:
+    if a is None or b is None or len(a) != len(b) or len(a) < 2:
+        return None
+    return statistics.stdev(y - x for x, y in zip(a, b, strict=True)) / math.sqrt(len(a))
+
+
+def _number(value: Any) -> float | int | None:
+    """A finite number, whole where it is one; ``None`` for anything else: "N/A", and the error of one item."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return None
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else value
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and chatter of the harness, datasets and transformers: errors alone. Put back afterwards."""
+    import logging
+
+    import datasets
+    import lm_eval.api.task
+    import transformers
+
+    verbosity, bar = transformers.logging.get_verbosity(), lm_eval.api.task.tqdm
+    bars = datasets.utils.are_progress_bars_disabled()
+    level = logging.getLogger("lm_eval").level
+    processes = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would bootstrap in forks of a process that has threads
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()
+        transformers.logging.set_verbosity(verbosity)
+        logging.getLogger("lm_eval").setLevel(level)
+        if processes is None:
+            del os.environ["DISABLE_MULTIPROC"]

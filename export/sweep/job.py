@@ -72,11 +72,12 @@ def sweep(
 ) -> Sweep:
     """Perplexity on ``text`` and speed for each of ``sublayer``, ``strategy`` and ``fractions`` (comma-separated).
 
-    ``source`` is a directory or a Hub id. An order is chosen once for each sublayer kind and strategy, for the largest fraction, on ``calibration``
-    (``samples`` of ``length`` tokens, ``seed``), and cut for the smaller ones. Perplexity: windows of ``window`` tokens
-    (default: the model's context, at most 2,048) without overlap, the first ``limit`` of them. Speed: decode and
-    prefill at batch 1, the sublayers really absent, timed in turn with the original ``rounds`` times (0: not at all).
-    It depends on how many sublayers are gone and not on which, so it is measured once for each kind and count.
+    ``source`` is a directory or a Hub id. An order is chosen once for each sublayer kind and strategy, for the largest
+    fraction, on ``calibration`` (``samples`` of ``length`` tokens, ``seed``), and cut for the smaller ones. Perplexity:
+    windows of ``window`` tokens (default: the model's context, at most 2,048) without overlap, the first ``limit`` of
+    them. Speed: decode and prefill at batch 1, the sublayers really absent, timed in turn with the original ``rounds``
+    times (0: not at all). It depends on how many sublayers are gone and not on which, so it is measured once for each
+    kind and count.
     ``dtype``: by default the checkpoint's own on CUDA and float32 on the CPU.
 
     Whatever is finished is kept in ``OUTPUT.partial``, from which the same call goes on. ``output`` appears whole:

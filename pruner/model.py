@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,35 @@ class TorchLanguageModel:
             if layer_mlp is not None:
                 layer.mlp = _Nothing(pair=False) if i in off_mlp else layer_mlp
         self.reset()
+
+    def without(self, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> TorchLanguageModel:
+        """A model that has no such sublayers at all, the class that a pruned directory loads as, over these weights.
+
+        No weight is copied; its cache is its own. Sublayers that were switched off here work again.
+        """
+        import torch
+
+        from pruner.nemotron_nas.configuration_pruned_llama import PrunedLlamaConfig
+        from pruner.nemotron_nas.dialect import block_configs
+        from pruner.nemotron_nas.modeling_pruned_llama import DeciLMForCausalLM
+
+        self.switch_off()
+        other = copy.copy(self)
+        other.decoder = self.decoder.without(attention, mlp)
+        fields = self.model.config.to_dict() | {"block_configs": block_configs(other.decoder)}
+        with torch.device("meta"):
+            other.model = DeciLMForCausalLM._from_config(
+                PrunedLlamaConfig(**fields),
+                dtype=self.model.dtype,
+                attn_implementation=self.model.config._attn_implementation,
+            )
+        weights = self.model.state_dict()
+        other.model.load_state_dict({name: weights[name] for name in other.model.state_dict()}, assign=True)
+        other.model.model.rotary_emb = self.model.model.rotary_emb  # its buffers are in no state_dict
+        other.model.eval()
+        other._whole = [(layer.self_attn, layer.mlp) for layer in other.model.model.layers]
+        other.reset()
+        return other
 
     def logits(self, input_ids: np.ndarray) -> Logits:
         import torch

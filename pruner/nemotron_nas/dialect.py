@@ -41,6 +41,11 @@ def _block(decoder: Decoder, attention: bool, mlp: bool) -> dict[str, Any]:
     }
 
 
+def block_configs(decoder: Decoder) -> list[dict[str, Any]]:
+    """One entry a layer."""
+    return [_block(decoder, a, m) for a, m in zip(decoder.attention, decoder.mlp, strict=True)]
+
+
 def engine_intermediate_size(decoder: Decoder) -> int:
     """The MLP width that SGLang, mlx-lm and llama.cpp's converter compute back from ``ffn_mult``.
 
@@ -137,7 +142,7 @@ def write_config(source: dict[str, Any], decoder: Decoder, path: Path) -> dict[s
         # vLLM and llama.cpp do not default these as transformers does
         "num_key_value_heads": decoder.num_kv_heads,
         "head_dim": decoder.head_dim,
-        "block_configs": [_block(decoder, a, m) for a, m in zip(decoder.attention, decoder.mlp, strict=True)],
+        "block_configs": block_configs(decoder),
     }
 
 

@@ -1,0 +1,265 @@
+"""The whole job: choose, measure, keep what is finished, and write the table and the plots at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from export.staging import check_target, staged
+from export.sweep.measure import Progress, key, measure_perplexity, measure_speed, speed_columns
+from export.sweep.plots import draw
+from export.sweep.progress import Kept, kept, write_whole
+from export.sweep.table import to_csv, to_markdown
+from pruner import __version__
+from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.hub import fetch
+from pruner.errors import PruneAttnError
+from pruner.llama import SUBLAYERS
+from pruner.plan import PruningPlan, original_counts, parse_drop, read_plan
+from pruner.select import POSITIONAL, STRATEGIES, select
+from pruner.summary import totals
+
+FORMAT = "prune-attn sweep"
+RESULTS, PLANS = "sweep.json", "plans"
+FILES = (RESULTS, "sweep.csv", "sweep.md", "perplexity.png", "speed.png", PLANS)
+PROMPT, NEW_TOKENS = 512, 32
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``original`` and each of ``points`` are rows of the table: the columns of ``sweep.csv`` by name.
+
+    ``setting`` says what was measured, on what and with what.
+    """
+
+    path: Path
+    setting: dict[str, Any] = field(repr=False)
+    original: dict[str, Any]
+    points: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``sweep.json`` holds."""
+        measured = {"setting": self.setting, "original": self.original, "points": self.points}
+        return {"format": FORMAT, "version": 1, **measured}
+
+
+def sweep(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    text: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | None = None,
+    sublayer: str = "attention",
+    fractions: str = "10%,25%,33%,50%",
+    strategy: str | None = None,
+    window: int | None = None,
+    limit: int | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str | None = None,
+    rounds: int = 10,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Perplexity on ``text`` and speed for each of ``sublayer``, ``strategy`` and ``fractions`` (comma-separated).
+
+    ``source`` is a directory or a Hub id. An order is chosen once for each sublayer kind and strategy, for the largest
+    fraction, on ``calibration`` (``samples`` of ``length`` tokens, ``seed``), and cut for the smaller ones. Perplexity:
+    windows of ``window`` tokens (default: the model's context, at most 2,048) without overlap, the first ``limit`` of
+    them. Speed: decode and prefill at batch 1, the sublayers really absent, timed in turn with the original ``rounds``
+    times (0: not at all). It depends on how many sublayers are gone and not on which, so it is measured once for each
+    kind and count.
+    ``dtype``: by default the checkpoint's own on CUDA and float32 on the CPU.
+
+    Whatever is finished is kept in ``OUTPUT.partial``, from which the same call goes on. ``output`` appears whole:
+    ``sweep.json``, ``sweep.csv``, ``sweep.md``, two plots, and each order as a plan that ``convert --plan`` takes.
+    Raises ``PruneAttnError`` for bad input, before anything is computed.
+    """
+    from pruner.evaluate.perplexity import sliding_windows
+    from pruner.model import TorchLanguageModel
+    from pruner.text import load_tokenizer, read_text
+
+    if not os.fspath(output):
+        raise PruneAttnError("OUTPUT is empty; give a directory")
+    output, show = Path(output), progress or (lambda stage, done, total: None)
+    source = fetch(source, progress=lambda done, total, what: show(what, done, total))
+    checkpoint = open_checkpoint(source)
+    usual = (*POSITIONAL, "similarity", "search") if calibration is not None else POSITIONAL
+    strategies = _choices("--strategy", strategy or ",".join(usual), STRATEGIES)
+    sublayers = _choices("--sublayer", sublayer, SUBLAYERS)
+    parts = _fractions(checkpoint, fractions, sublayers, strategies)
+    guided = [name for name in strategies if name not in POSITIONAL]
+    if guided and calibration is None:
+        raise PruneAttnError(f"strategy {guided[0]} chooses by a text; give one with --calibration")
+    if 0 < rounds < 5:
+        raise PruneAttnError(f"--rounds {rounds}: too few for an interval; give 5 or more, or 0 for no timing")
+    check_target(output, source, [shard.path for shard in checkpoint.shards], _not_ours, overwrite)
+
+    tokenizer = load_tokenizer(source)
+    test, given = read_text(text, tokenizer), read_text(calibration, tokenizer) if guided else None
+    if given and given.sha256 == test.sha256:
+        raise PruneAttnError(f"{text}: is the calibration text too; test the choice on text that it was not made on")
+    context = int(checkpoint.config.get("max_position_embeddings", 2048))
+    window = min(context, 2048) if window is None else window
+    if window > context:
+        raise PruneAttnError(f"--window {window}: the model's context is {context} tokens; give no more")
+    windows = sliding_windows(test.ids, length=window, bos_id=tokenizer.bos_token_id)[:limit]
+    prompts = test.ids[None, : min(PROMPT, context // 2)]  # (1, T)
+    new_tokens = min(NEW_TOKENS, context - prompts.size)
+    device, dtype, machine = _machine(device, dtype)
+    setting = {
+        "source": checkpoint.fingerprint(),
+        "sublayers": sublayers,
+        "strategies": strategies,
+        "fractions": parts,
+        "text": {"name": test.path.name, "sha256": test.sha256, "bytes": test.bytes, "window": window,
+                 "windows": len(windows), "tokens": sum(w.scored for w in windows)},
+        "calibration": given and {"name": given.path.name, "sha256": given.sha256, "bytes": given.bytes,
+                                  "samples": samples, "length": length, "seed": seed},
+        "speed": {"batch": 1, "prompt": prompts.size, "new_tokens": new_tokens, "rounds": rounds} if rounds else None,
+        "dtype": dtype or "as stored",
+        **machine,
+    }  # fmt: skip
+
+    with kept(output, setting) as work:
+        calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
+        plans: dict[tuple[str, str], PruningPlan] = {}
+        for kind in sublayers:
+            for name in strategies:
+                plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, show)
+        rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
+        model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
+        chosen = [plan for *_, plan in rows]
+        measure_perplexity(work, model, chosen, windows, show)
+        if rounds:
+            measure_speed(work, model, chosen, prompts, new_tokens, rounds, show)
+        setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        original = _row(checkpoint, work, None, "original", None, None)
+        result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
+        with staged(output, _not_ours if overwrite else lambda path: "exists") as directory:
+            shutil.copytree(work.plans, directory / PLANS)
+            (directory / RESULTS).write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            (directory / "sweep.csv").write_text(to_csv(result.original, result.points), "utf-8")
+            (directory / "sweep.md").write_text(to_markdown(setting, result.original, result.points), "utf-8")
+            draw(directory, setting, result.original, result.points)
+        work.discard()
+    return result
+
+
+def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise PruneAttnError(f"{option}: unknown {name!r}; choose of {', '.join(known)}, separated by commas")
+    return chosen
+
+
+def _fractions(checkpoint: Checkpoint, text: str, sublayers: list[str], strategies: list[str]) -> list[str]:
+    """The fractions in the order given; refused where some strategy could not drop so many of some sublayer."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    last = checkpoint.decoder.num_layers - 1
+    for sublayer in sublayers:
+        # no strategy takes layer 0, and keep-last not the last one either
+        able = set(checkpoint.decoder.present(sublayer)) - {0} - ({last} if "keep-last" in strategies else set())
+        for part in parts:
+            try:
+                count = parse_drop(part, original_counts(checkpoint)[sublayer])
+            except PruneAttnError as error:
+                raise PruneAttnError(str(error).replace("--drop", "--fractions")) from None
+            if count > len(able):
+                raise PruneAttnError(
+                    f"--fractions {part}: that is {count} {sublayer} sublayers, and the strategies can drop only "
+                    f"{len(able)} of this model's; ask for less"
+                )
+    return parts
+
+
+def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str, Any]]:
+    """What it runs on: the device and the dtype that are taken, and what the record says of both."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        hardware, dtype = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", dtype or "float32"
+    elif torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+    tools = {"prune-attn": __version__, "torch": torch.__version__, "transformers": version("transformers")}
+    return device, dtype, {"device": device, "hardware": hardware, "versions": tools}
+
+
+def _order(
+    work: Kept,
+    checkpoint: Checkpoint,
+    sublayer: str,
+    strategy: str,
+    parts: list[str],
+    calibrated: dict[str, Any],
+    show: Progress,
+) -> PruningPlan:
+    """The plan for the largest of the fractions, chosen once; a search that was interrupted goes on."""
+    file = work.plans / f"{sublayer}-{strategy}.json"
+    if not file.exists():
+        plan = select(
+            checkpoint,
+            drop=max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer])),
+            sublayer=sublayer,
+            strategy=strategy,
+            partial=work.path / f"{file.stem}.partial.json",
+            resume=True,
+            progress=lambda done, total, status: show(f"choosing {sublayer} by {strategy}", int(done), int(total)),
+            **calibrated,
+        )
+        write_whole(file, replace(plan, source=checkpoint.fingerprint()).to_json())
+    return read_plan(file, checkpoint)
+
+
+def _row(
+    checkpoint: Checkpoint,
+    work: Kept,
+    sublayer: str | None,
+    strategy: str,
+    fraction: str | None,
+    plan: PruningPlan | None,
+) -> dict[str, Any]:
+    """One line of the table; ``None`` where something was not measured or is not a number."""
+    attention, mlp = (plan.attention, plan.mlp) if plan else ((), ())
+    left = totals(checkpoint.decoder.without(attention, mlp), checkpoint.tensors)
+    perplexity, whole = work.perplexity[key(plan)], work.perplexity[key(None)]
+    row = {
+        "sublayer": sublayer,
+        "strategy": strategy,
+        "fraction": fraction,
+        "dropped": max(len(attention), len(mlp)),
+        "of": original_counts(checkpoint)["block"],
+        "attention": list(attention),
+        "mlp": list(mlp),
+        "parameters": left["parameters"],
+        "bytes": left["bytes"],
+        "kv_cache_bytes_per_token": left["kv_cache_bytes_per_token"],
+        "perplexity": perplexity,
+        "perplexity_ratio": perplexity / whole if perplexity and whole else None,
+    }
+    return row | speed_columns(work.speed, plan)
+
+
+def _not_ours(directory: Path) -> str | None:
+    """Why a directory is not wholly a finished sweep; ``None`` where it is, so that replacing it loses nothing."""
+    try:
+        if json.loads((directory / RESULTS).read_bytes())["format"] != FORMAT:
+            return "was not written by prune-attn sweep"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "was not written by prune-attn sweep"
+    extra = sorted({path.name for path in directory.iterdir()} - set(FILES))
+    return f"holds {extra[0]}, which prune-attn did not write" if extra else None

@@ -1,0 +1,102 @@
+"""Perplexity and speed of the models that a sweep compares, each measured once and kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from export.sweep.progress import Kept
+from pruner.plan import PruningPlan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pruner.evaluate.perplexity import Window
+    from pruner.model import TorchLanguageModel
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+TIMED = ("decode", "prefill")
+
+
+def key(plan: PruningPlan | None) -> str:
+    """What is dropped, in words that sort; ``None`` is the original."""
+    names = (("attention", plan.attention), ("mlp", plan.mlp)) if plan else ()
+    return "; ".join(f"{name} {','.join(map(str, layers))}" for name, layers in names if layers) or "nothing"
+
+
+def measure_perplexity(
+    work: Kept,
+    model: Callable[[], TorchLanguageModel],
+    plans: Sequence[PruningPlan],
+    windows: Sequence[Window],
+    show: Progress,
+) -> None:
+    """Perplexity of the original and of every set of sublayers that some plan drops, kept as each is done."""
+    from pruner.evaluate.perplexity import score
+
+    wanted = {key(plan): plan for plan in (None, *plans)}
+    for i, (name, plan) in enumerate(wanted.items()):
+        if name in work.perplexity:
+            continue
+        pruned = model().without(plan.attention, plan.mlp) if plan else model()
+        scores = score(
+            pruned,
+            windows,
+            progress=lambda done, total, i=i: show("perplexity", i * total + done, len(wanted) * total),
+        )
+        mean = scores.total / scores.tokens
+        work.perplexity[name] = math.exp(mean) if mean < 700 else None  # not so where half precision gave no number
+        work.save()
+
+
+def measure_speed(
+    work: Kept,
+    model: Callable[[], TorchLanguageModel],
+    plans: Sequence[PruningPlan],
+    prompts: np.ndarray,
+    new_tokens: int,
+    rounds: int,
+    show: Progress,
+) -> None:
+    """Times of one model for each number of sublayers dropped, in turn with the original, kept as each is done.
+
+    One of them has nothing dropped: how far apart equal models come out is the noise.
+    """
+    from pruner.evaluate.latency import run_in_turn, speedup, summary
+
+    wanted = {_counts(plan): plan for plan in (None, *plans)}
+    for i, (counts, plan) in enumerate(wanted.items()):
+        if counts in work.speed:
+            continue
+        pruned = model().without(plan.attention, plan.mlp) if plan else model().without()
+        times = run_in_turn(
+            {"original": model(), "pruned": pruned},
+            prompts,
+            new_tokens,
+            repeats=rounds,
+            progress=lambda done, total, i=i: show("speed", i * total + done, len(wanted) * total),
+        )
+        original, other = (summary(times[name], len(prompts)) for name in ("original", "pruned"))
+        ratio = speedup([(original, other)])
+        work.speed[counts] = {
+            kind: {
+                "ms": other[f"{kind}_ms"]["median"],
+                "speedup": ratio[kind]["value"],
+                "speedup_low": ratio[kind]["low"],
+                "speedup_high": ratio[kind]["high"],
+            }
+            for kind in TIMED
+        }
+        work.save()
+
+
+def _counts(plan: PruningPlan | None) -> str:
+    return f"{len(plan.attention)} attention, {len(plan.mlp)} mlp" if plan else "nothing"
+
+
+def speed_columns(speed: dict[str, dict[str, Any]], plan: PruningPlan | None) -> dict[str, float | None]:
+    """Median milliseconds, and how many times as fast as the original with the 95% interval; ``None``: not timed."""
+    unknown = dict.fromkeys(("ms", "speedup", "speedup_low", "speedup_high"))
+    figures = speed.get(_counts(plan)) or dict.fromkeys(TIMED, unknown)
+    return {f"{kind}_{name}": value for kind in TIMED for name, value in figures[kind].items()}

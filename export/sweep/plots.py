@@ -1,0 +1,129 @@
+"""The two plots of a sweep. matplotlib is imported when they are drawn."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.sweep.table import Row, within_noise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people tell apart (https://jfly.uni-koeln.de/color/); the line's style and
+# the marker tell them apart in grey. The page is white whatever is around it.
+_LOOKS = (("#D55E00", "--", "v"), ("#E69F00", ":", "^"), ("#009E73", "-.", "s"), ("#0072B2", "-", "o"),
+          ("#CC79A7", (0, (5, 1)), "D"))  # fmt: skip
+_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+          "grid.color": "#dddddd", "savefig.facecolor": "white"}  # fmt: skip
+
+
+_MARKERS = {"attention": "o", "mlp": "s", "block": "D"}
+_TITLES = {"attention": "attention dropped", "mlp": "MLP dropped", "block": "whole blocks dropped"}
+
+
+def draw(directory: Path, setting: dict[str, Any], original: Row, points: list[Row]) -> None:
+    """Write ``perplexity.png`` and, where speed was measured, ``speed.png``."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with rc_context(_STYLE):
+        for name, plot in (("perplexity", _perplexity), ("speed", _speed)):
+            if name == "speed" and not setting["speed"]:
+                continue
+            figure = Figure(dpi=110, layout="constrained")
+            plot(figure, setting, original, points)
+            drawn = BytesIO()
+            figure.savefig(drawn)
+            Image.open(drawn).convert("RGB").quantize(64).save(directory / f"{name}.png", optimize=True)  # a third
+
+
+def _perplexity(figure: Figure, setting: dict[str, Any], original: Row, points: list[Row]) -> None:
+    """Perplexity against the fraction dropped: a panel a sublayer kind, a line a strategy."""
+    kinds = setting["sublayers"]
+    figure.set_size_inches(3.4 * len(kinds) + 1.2, 4.2)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for kind, panel in zip(kinds, panels, strict=True):
+        panel.axhline(original["perplexity"], color="black", linewidth=1)
+        for strategy, (color, style, marker) in zip(setting["strategies"], _LOOKS, strict=False):
+            rows = [r for r in points if (r["sublayer"], r["strategy"]) == (kind, strategy) and r["perplexity"]]
+            rows.sort(key=lambda row: row["dropped"])
+            panel.plot(
+                [0, *(100 * row["dropped"] / row["of"] for row in rows)],
+                [original["perplexity"], *(row["perplexity"] for row in rows)],
+                color=color, linestyle=style, marker=marker, markevery=slice(1, None), label=strategy,
+            )  # fmt: skip
+        panel.plot([0], [original["perplexity"]], "*", color="black", markersize=13, label="original", clip_on=False)
+        panel.set(title=_TITLES[kind], xlabel="% dropped", xlim=(0, None))
+        _log(panel)
+    panels[0].set_ylabel("perplexity (lower is better)")
+    panels[0].legend(loc="upper left", frameon=False)
+    figure.suptitle(_title(setting), fontsize=9, color="#444444")
+
+
+def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[Row]) -> None:
+    """Perplexity against speed: decode and prefill, a colour a strategy, a marker a sublayer kind."""
+    figure.set_size_inches(9.6, 4.6)
+    panels = figure.subplots(1, 2, sharey=True)
+    for timed, panel in zip(("decode", "prefill"), panels, strict=True):
+        panel.axhline(original["perplexity"], color="black", linewidth=1)
+        panel.axvline(1, color="black", linewidth=1)
+        panel.axvspan(original[f"{timed}_speedup_low"], original[f"{timed}_speedup_high"], color="#cccccc", zorder=0)
+        for strategy, (color, style, _) in zip(setting["strategies"], _LOOKS, strict=False):
+            for kind in setting["sublayers"]:
+                rows = [r for r in points if (r["sublayer"], r["strategy"]) == (kind, strategy) and r["perplexity"]]
+                rows.sort(key=lambda row: row["dropped"])
+                speed = [row[f"{timed}_speedup"] for row in rows]
+                panel.plot(
+                    [1, *speed], [original["perplexity"], *(row["perplexity"] for row in rows)],
+                    color=color, linestyle=style, linewidth=0.8,
+                )  # fmt: skip
+                for x, row in zip(speed, rows, strict=True):
+                    panel.errorbar(
+                        x, row["perplexity"],
+                        xerr=[[x - row[f"{timed}_speedup_low"]], [row[f"{timed}_speedup_high"] - x]],
+                        color=color, marker=_MARKERS[kind], elinewidth=0.8,
+                        markerfacecolor="white" if within_noise(row, original, timed) else color,
+                    )  # fmt: skip
+        panel.plot([1], [original["perplexity"]], "*", color="black", markersize=13, zorder=3)
+        reached = [1.0, *(row[f"{timed}_speedup"] for row in points)]
+        margin = 0.1 * (max(reached) - min(reached)) + 0.01
+        panel.set(xlabel=f"{timed} speed, times the original's", xlim=(min(reached) - margin, max(reached) + margin))
+        _log(panel)
+    panels[0].set_ylabel("perplexity (lower is better)")
+    _legend(figure, setting)
+    figure.suptitle(f"{_title(setting)}, {setting['hardware']}", fontsize=9, color="#444444")
+
+
+def _legend(figure: Figure, setting: dict[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    looks = zip(setting["strategies"], _LOOKS, strict=False)
+    entries = [Line2D([], [], color="black", marker="*", linestyle="", markersize=11, label="original")]
+    entries += [Line2D([], [], color=color, linestyle=style, label=name) for name, (color, style, _) in looks]
+    entries += [
+        Line2D([], [], color="#666666", marker=_MARKERS[kind], linestyle="", label=_TITLES[kind])
+        for kind in setting["sublayers"]
+    ]
+    entries.append(Line2D([], [], color="#666666", marker="o", linestyle="", markerfacecolor="white",
+                          label="within noise"))  # fmt: skip
+    entries.append(Patch(color="#cccccc", label="original against itself"))
+    figure.legend(handles=entries, loc="outside right upper", frameon=False)
+
+
+def _log(panel: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _title(setting: dict[str, Any]) -> str:
+    text = setting["text"]
+    return f"{setting['source']['name']}: {text['tokens']:,} tokens of {text['name']}, {setting['dtype']}"

@@ -1,0 +1,83 @@
+"""What an interrupted sweep keeps: ``OUTPUT.partial`` with one file of figures and one of each order chosen."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pruner.errors import PruneAttnError
+
+STATE = "progress.json"
+
+
+@dataclass
+class Kept:
+    """Figures by what is dropped. Each change is saved at once, whole."""
+
+    path: Path
+    setting: dict[str, Any]
+    perplexity: dict[str, float | None] = field(default_factory=dict)
+    speed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def plans(self) -> Path:
+        """The folder of the orders."""
+        return self.path / "plans"
+
+    def save(self) -> None:
+        """Write what there is."""
+        write_whole(self.path / STATE, {k: v for k, v in vars(self).items() if k != "path"})
+
+    def discard(self) -> None:
+        """All of it lies in the output now."""
+        shutil.rmtree(self.path)
+
+
+@contextmanager
+def kept(output: Path, setting: dict[str, Any]) -> Iterator[Kept]:
+    """What an earlier call with this ``setting`` finished, or nothing yet.
+
+    Raises ``PruneAttnError`` where it is another sweep's, or another process is at it.
+    """
+    target = Path(os.path.realpath(output))
+    work = Kept(target.with_name(f"{target.name}.partial"), setting)
+    file = work.path / STATE
+    if work.path.exists() and not file.is_file():
+        raise PruneAttnError(f"{work.path}: is in the way and no interrupted sweep; move it away")
+    work.plans.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        work.save()
+    lock = os.open(work.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PruneAttnError(f"{work.path}: another sweep is writing it; wait for it to end") from None
+        try:
+            before = json.loads(file.read_bytes())
+            work.perplexity, work.speed = before["perplexity"], before["speed"]
+            differs = [name for name, value in setting.items() if before["setting"].get(name) != value]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PruneAttnError(f"{file}: is damaged; remove {work.path} to begin again") from None
+        if differs:
+            raise PruneAttnError(
+                f"{work.path}: holds an interrupted sweep with another {differs[0]}; "
+                "give the options it had to go on with it, or remove it to begin again"
+            )
+        yield work
+    finally:
+        os.close(lock)
+
+
+def write_whole(file: Path, value: Any) -> None:
+    """Write JSON in one step: a reader, or who comes after a kill, finds the old file or the new one."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    os.replace(new, file)

@@ -100,11 +100,22 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
 @click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@click.option("--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards.")
+@click.option("--text", type=_PATH, help="With --validate: the text to measure on.")
 @click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
 @_JSON
-def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
+def convert(source: str, output: str, as_json: bool, then_validate: bool, text: str | None, **options: Any) -> None:
     """Write SOURCE to OUTPUT with sublayers physically removed."""
     from export.convert import convert
+
+    if text is not None and not then_validate:
+        raise PruneAttnError("--text is what --validate measures on; add --validate, or leave --text out")
+    if then_validate and (as_json or options["dry_run"]):
+        raise PruneAttnError("--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards")
+    if text is not None:
+        from pruner.text import load_tokenizer, read_text
+
+        read_text(text, load_tokenizer(source))  # a text that cannot be read is known before hours of work
 
     with _progress("writing") as progress:
         result = convert(source, output, progress=progress, **options)
@@ -135,6 +146,8 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
         else f"next: prune-attn verify {quoted_output} --against {quoted_source}"
     )
     _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
+    if then_validate:
+        _validate(source, output, False, {"text": text})
 
 
 @cli.command()

@@ -389,7 +389,8 @@ class _Run:
         try:
             context = max(p for _, p in self.cases) + self.options["new_tokens"] if self.cases else 1
             if purpose == "score":
-                context = self.context if self.tasks else max(context, self.window if self.text else 1, _CHECKED[1])
+                read = max(self.window, _GREEDY_PROMPT_TOKENS + _GREEDY_NEW_TOKENS) if self.text else _CHECKED[1]
+                context = self.context if self.tasks else max(context, read)
             return open_model(
                 backend, self._directory(backend, name, purpose), self.device, self.dtypes[backend],
                 min(context, self.context),

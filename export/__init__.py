@@ -2,6 +2,7 @@
 
 from export.convert import Conversion, convert
 from export.deliver import Export, export
+from export.hub import Push, push
 from export.verify import Verification, verify
 
-__all__ = ["Conversion", "Export", "Verification", "convert", "export", "verify"]
+__all__ = ["Conversion", "Export", "Push", "Verification", "convert", "export", "push", "verify"]

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,7 +20,31 @@ from pruner.errors import PruneAttnError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from export.hub import Push
+
 _PATH = click.Path()
+_REVISION = click.option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
+_CACHE = click.option("--cache-dir", type=_PATH, help="Where a Hub id is fetched to.  [default: the Hub's cache]")
+_STRATEGIES = ["last", "keep-last", "similarity", "search", "exhaustive"]
+
+
+def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, used as the options beside it are
+    """What ``select`` and ``convert`` have in common."""
+    kinds, devices, strategies = (click.Choice(c) for c in (["kl", "ce"], ["cpu", "cuda"], _STRATEGIES))
+    for name, settings in (
+        ("--resume", {"is_flag": True, "help": "Go on from where a stopped run got to, to the same plan."}),
+        ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
+        ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
+        ("--seed", {"type": int, "default": 0, "help": "Where in the text the windows lie.  [default: 0]"}),
+        ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
+        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 32]"}),
+        ("--text", {"type": _PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
+        ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
+    ):  # fmt: skip
+        command = click.option(name, **settings)(command)
+    return command
+
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
@@ -36,13 +61,20 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @click.argument("checkpoint", type=_PATH)
+@_REVISION
+@_CACHE
 @_JSON
-def inspect(checkpoint: str, as_json: bool) -> None:
-    """Show a checkpoint's sublayers and sizes, and what dropping some would save."""
-    from pruner.checkpoint import open_checkpoint
+def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
+    """Show a checkpoint's sublayers and sizes, and what dropping some would save.
+
+    CHECKPOINT is a directory or a Hub id, of which no weights are fetched.
+    """
+    from pruner.checkpoint.hub import open_source
     from pruner.summary import inspect
 
-    facts = inspect(open_checkpoint(checkpoint))
+    facts = inspect(open_source(checkpoint, **options))
+    if not os.path.exists(checkpoint):
+        facts["path"] = checkpoint  # the Hub id, not the cache
     if as_json:
         _print_json(facts)
         return
@@ -89,7 +121,7 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 @click.option(
     "--sublayer", type=click.Choice(["attention", "mlp", "block"]), help="What to drop.  [default: attention]"
 )
-@click.option("--strategy", type=click.Choice(["last", "keep-last"]), help="Which go first.  [default: last]")
+@_CHOOSING
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -101,24 +133,34 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 @click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
 @click.option("--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards.")
-@click.option("--text", type=_PATH, help="With --validate: the text to measure on.")
+@click.option("--validation-text", type=_PATH, help="What to measure on, where --text is what to choose by.")
 @click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
+@_REVISION
+@_CACHE
+@click.option("--push", metavar="OWNER/NAME", help="Then push OUTPUT to this Hub repository.")
 @_JSON
-def convert(source: str, output: str, as_json: bool, then_validate: bool, text: str | None, **options: Any) -> None:
-    """Write SOURCE to OUTPUT with sublayers physically removed."""
+def convert(
+    source: str, output: str, as_json: bool, then_validate: bool, validation_text: str | None, **options: Any
+) -> None:
+    """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
 
-    if text is not None and not then_validate:
-        raise PruneAttnError("--text is what --validate measures on; add --validate, or leave --text out")
-    if then_validate and (as_json or options["dry_run"]):
-        raise PruneAttnError("--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards")
-    if text is not None:
-        from pruner.text import load_tokenizer, read_text
+    if then_validate:
+        if as_json or options["dry_run"]:
+            raise PruneAttnError(
+                "--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards"
+            )
+        chosen_by_text = options["strategy"] not in (None, "last", "keep-last")
+        if not chosen_by_text and validation_text is None:  # what is measured on must not be what was chosen by
+            validation_text, options["text"] = options["text"], None
+        if validation_text is not None:
+            from pruner.text import read_utf8
 
-        read_text(text, load_tokenizer(source))  # a text that cannot be read is known before hours of work
-
-    with _progress("writing") as progress:
-        result = convert(source, output, progress=progress, **options)
+            read_utf8(validation_text)  # known before hours of work
+    elif validation_text is not None:
+        raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
+    with _choosing() as (choosing, say), _progress("writing") as progress:
+        result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
     if as_json:
         _print_json(result.to_json())
         return
@@ -144,22 +186,77 @@ def convert(source: str, output: str, as_json: bool, then_validate: bool, text: 
         "nothing was written; run it without --dry-run"
         if result.dry_run
         else f"next: prune-attn verify {quoted_output} --against {quoted_source}"
+        + (f" --revision {shlex.quote(options['revision'])}" if options["revision"] else "")
+        + (f" --cache-dir {shlex.quote(options['cache_dir'])}" if options["cache_dir"] else "")
     )
     _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
+    for pushed in result.pushed:
+        _print_push(pushed)
     if then_validate:
-        _validate(source, output, False, {"text": text})
+        _validate(str(result.source), output, False, {"text": validation_text})
+
+
+@cli.command()
+@click.argument("source", type=_PATH)
+@click.option(
+    "--drop", metavar="N|P%", required=True, help="How many sublayers: a count, or a percentage of the original's."
+)
+@click.option("--sublayer", type=click.Choice(["attention", "mlp", "block"]), default="attention", show_default=True)
+@_CHOOSING
+@click.option("-o", "--output", type=_PATH, default="plan.json", show_default=True, help="Where the plan goes.")
+@click.option("--overwrite", is_flag=True, help="Replace the plan that lies there.")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
+@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@_JSON
+def select(source: str, output: str, as_json: bool, **options: Any) -> None:
+    """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
+    from export.select import select
+
+    with _choosing() as (progress, say):
+        result = select(source, output, progress=progress, say=say, **options)
+    if as_json:
+        _print_json(result.to_json())
+        return
+    plan, facts = result.plan, result.plan.selection or {}
+    count = len({*plan.attention, *plan.mlp})
+    measure = facts.get("objective", "")
+    columns = [name for name in (measure, "perplexity") if facts and (name == measure or "perplexity" in facts)]
+    table = _table("", "layer", *columns)
+    for i, layer in enumerate(plan.order):
+        shown = [f"{facts['scores'][i]:.4f}"] if columns else []
+        shown += [f"{facts['perplexity'][i]:.2f}"] if "perplexity" in facts else []
+        table.add_row(f"{i + 1}{' <' if i + 1 == count else ''}", str(layer), *shown)
+    lines = [f"{plan.sublayer} by {plan.strategy}, in the order in which they go; the first {count} (<) are asked for"]
+    if "perplexity" in facts:
+        lines[0] += (
+            f"; {measure} and perplexity with all up to there dropped (none: {facts['original_perplexity']:.2f})"
+        )
+    after = [
+        f"of {n}, better than the first {n}: {', '.join(map(str, layers))}" for n, layers in (plan.sets or {}).items()
+    ]
+    if result.cost:
+        after.append(
+            "{seconds:.1f} s, {layer_evaluations:,.0f} layer evaluations, {tokens_per_second:,.0f} tokens/s".format(
+                **result.cost
+            )
+        )
+    where = shlex.quote(str(result.path))
+    after.append(_escape(f"next: prune-attn convert {shlex.quote(source)} OUTPUT --plan {where}"))
+    _print(*lines, table, *after)
 
 
 @cli.command()
 @click.argument("output", type=_PATH)
 @click.option("--against", type=_PATH, metavar="SOURCE", help="Compare every kept tensor with SOURCE, byte for byte.")
+@_REVISION
+@_CACHE
 @_JSON
-def verify(output: str, against: str | None, as_json: bool) -> None:
+def verify(output: str, against: str | None, as_json: bool, **options: Any) -> None:
     """Check a directory that convert wrote. Exits with 1 where something is wrong."""
     from export.verify import verify
 
     with _progress("comparing") as progress:
-        result = verify(output, against, progress=progress)
+        result = verify(output, against, progress=progress, **options)
     if as_json:
         _print_json(result.to_json())
     elif result.ok:
@@ -182,10 +279,23 @@ def verify(output: str, against: str | None, as_json: bool) -> None:
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Convert the weights; only into an OUTPUT."
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file there.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it; replace FILE.")
+@click.option("--gguf", type=_PATH, metavar="FILE", help="Write a GGUF file for llama.cpp, and nothing else.")
+@_REVISION
+@_CACHE
 @_JSON
-def export(directory: str, output: str | None, as_json: bool, **options: Any) -> None:
+def export(directory: str, output: str | None, as_json: bool, gguf: str | None, **options: Any) -> None:
     """Write model.onnx and genai_config.json: in place, or for any Llama into OUTPUT."""
+    if gguf is not None:
+        from export.gguf import write_gguf
+
+        with _progress("writing") as progress:
+            written = write_gguf(directory, gguf, overwrite=options["overwrite"], progress=progress)
+        if as_json:
+            _print_json(written)
+        else:
+            click.echo(f"{gguf}: {_bytes(written['bytes'])}; next: llama-cli -m {shlex.quote(gguf)}")
+        return
     from export.deliver import export
 
     with _progress("writing") as progress:
@@ -210,11 +320,17 @@ def export(directory: str, output: str | None, as_json: bool, **options: Any) ->
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most.")
 @click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@_REVISION
+@_CACHE
 @_JSON
-def generate(directory: str, as_json: bool, **options: Any) -> None:
+def generate(directory: str, as_json: bool, revision: str | None, cache_dir: str | None, **options: Any) -> None:
     """Go on from a prompt, greedily, and say how long it took."""
     from export.generate import generate
+    from pruner.checkpoint.hub import fetch
 
+    with _progress("fetching") as progress:  # closed before text comes
+        runtime = options["backend"] == "onnx"
+        directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
     result = generate(directory, write=None if as_json else lambda text: click.echo(text, nl=False), **options)
     if as_json:
         _print_json(vars(result))
@@ -226,6 +342,41 @@ def generate(directory: str, as_json: bool, **options: Any) -> None:
         f"{speed} ({len(result.tokens)} new)",
         err=True,
     )
+
+
+@cli.command()
+@click.argument("output", type=_PATH)
+@click.argument("repository")
+@click.option("--private", is_flag=True, help="Make the repository private, where it is new.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch, or to refs/pr/N.  [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing to the main branch.")
+@click.option("--commit-message", metavar="TEXT", help="What the commit says.")
+@click.option("--dry-run", is_flag=True, help="List what would be pushed; ask nobody, send nothing.")
+@_JSON
+def push(output: str, repository: str, as_json: bool, **options: Any) -> None:
+    """Push OUTPUT, which convert wrote, to REPOSITORY (owner/name) on the Hub."""
+    from export.hub import push
+
+    result = push(output, repository, show_progress=sys.stderr.isatty(), **options)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _print_push(result)
+
+
+def _print_push(result: Push) -> None:
+    if result.dry_run:
+        table = _table("would push", "size")
+        for name, size in result.files.items():
+            table.add_row(_escape(name), _bytes(size))
+        table.add_row(f"{len(result.files)} files", _bytes(sum(result.files.values())))
+        _print(table)
+    for note in result.notes:
+        _print(_escape(f"note: {note}"))
+    for name in result.removed:
+        _print(_escape(f"note: {name}, of an earlier push, was removed there"))
+    if not result.dry_run:
+        _print(_escape(f"pushed: {result.pull_request or result.url}"))
 
 
 @cli.command()
@@ -366,18 +517,23 @@ def _sample(rows: list[dict[str, int]]) -> list[dict[str, int]]:
 
 
 @contextmanager
-def _progress(verb: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal's standard error; nothing in a pipe."""
+def _progress(verb: str) -> Iterator[Callable[..., None] | None]:
+    """A progress bar on a terminal's standard error; nothing in a pipe. A third argument is what is done instead."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    label = TextColumn("{task.description}")
+    columns = (label, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(verb, total=None, visible=False)  # until there is something to show
+
+        def show(done: int, total: int, what: str = verb) -> None:
+            bar.update(task, completed=done, total=total, description=what, visible=True)
+
+        yield show
 
 
 @contextmanager
@@ -411,6 +567,39 @@ def _steps() -> Iterator[Callable[[str, int, int], None] | None]:
             bar.update(tasks[label], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def _choosing() -> Iterator[tuple[Callable[[float, float, str], None] | None, Callable[[str], None] | None]]:
+    """Progress of a selection, and lines about it, on a terminal's standard error; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None, None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("choosing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("choosing", total=None, status="")
+
+    def progress(done: float, total: float, status: str) -> None:
+        if not bar.finished:
+            bar.start()
+        bar.update(task, completed=done, total=total, status=status)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield progress, lambda line: console.print(_escape(line))
+    finally:
+        bar.stop()
 
 
 # -- entry -------------------------------------------------------------------------------------------------------------
@@ -455,6 +644,9 @@ def main() -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)  # all is done; an interrupt now would only print a traceback
     if text:
         click.echo(f"prune-attn: {' '.join(text.split())}", err=True)
+    if isinstance(code, int) and code > 128 and threading.active_count() > 1:  # transfers, whose end nobody waits for
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-# What describes the model's use. Weights in other formats, and what describes the source itself (its README, report,
-# model.onnx, genai_config.json, plan), match none of these.
-_PATTERNS = (
-    "tokenizer*", "tokenization_*.py",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
-    "generation_config.json", "chat_template*", "additional_chat_templates/*.jinja",
-    "license*", "licence*", "*_license*", "copying*", "notice*", "use_policy*", "acceptable_use*", "*usage_policy*",
-    "responsible*use*guide*", "policy*",
-)  # fmt: skip
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".onnx", ".data", ".h5", ".msgpack")
+from pruner.checkpoint import Checkpoint
+from pruner.checkpoint.companions import LICENCE, USE, is_companion
+from pruner.checkpoint.meta import TOKENIZER
+from pruner.checkpoint.meta_files import meta_files
 
 
-def companions(source: Path) -> dict[str, Path]:
-    """Relative name (with ``/``) to file of everything that comes along, sorted; links are followed."""
-    files = [*source.glob("*"), *source.glob("additional_chat_templates/*")]
-    names = {file.relative_to(source).as_posix(): file for file in files if file.is_file()}
-    return {
-        name: names[name]
-        for name in sorted(names)
-        if any(fnmatch(name.lower(), pattern) for pattern in _PATTERNS) and not name.lower().endswith(_WEIGHTS)
-    }
+def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Relative name (with ``/``) to bytes of everything that comes along, sorted; links are followed.
+
+    With Meta's distribution come the files that Hugging Face's form has and it lacks, and the licence that its
+    ``download.sh`` puts above it, where the tokenizer lies there too.
+    """
+    source, files = checkpoint.path, {}
+    found = _matching(source, USE + LICENCE)
+    if checkpoint.meta:
+        files = meta_files(source)
+        if TOKENIZER in files and TOKENIZER not in found:
+            found = _matching(source.resolve().parent, LICENCE) | found
+    files |= {name: path.read_bytes() for name, path in found.items()}
+    return dict(sorted(files.items()))
 
 
-def tokenizer_class(source: Path, names: dict[str, Path], config: dict[str, Any]) -> str | None:
-    """The tokenizer class to name in ``config.json`` where only ``model_type`` used to imply it.
+def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    files = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
+    names = {file.relative_to(directory).as_posix(): file for file in files if file.is_file()}
+    return {name: file for name, file in names.items() if is_companion(name, patterns)}
+
+
+def tokenizer_class(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
+    """The tokenizer class to name in ``config.json`` where only ``model_type`` used to imply it; ``files`` come along.
 
     ``AutoTokenizer`` looks ``llama`` up in its own table; the pruned model's type is not in that table.
     """
-    if config.get("tokenizer_class") or not any(name.startswith("tokenizer.") for name in names):
+    if config.get("tokenizer_class") or not any(name.startswith("tokenizer.") for name in files):
         return None
     try:
-        if json.loads((source / "tokenizer_config.json").read_bytes()).get("tokenizer_class"):
+        if json.loads(files.get("tokenizer_config.json", b"{}")).get("tokenizer_class"):
             return None
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError):
         pass
     return "LlamaTokenizer"

@@ -11,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from export import record
-from export.card import model_card
+from export.card import model_card, read_card
 from export.companions import companions
 from export.deliver import RUNS_ON, runtime_files
+from export.hub import Push, check_can_push
+from export.hub import push as push_directory
+from export.licence import NOTICE, licence_notes, llama_licence
 from export.onnx import GRAPH, GraphOptions
 from export.safetensors import OutputShard, plan_shards, write_file, write_shards
+from export.select import partial_path
 from export.staging import check_space, check_target, staged
 from export.target import output_config, output_entries
 from export.verify import verify
 from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from pruner.checkpoint.hub import find
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
-from pruner.plan import PLAN_FILE, PruningPlan, plan_drop, plan_layers, read_plan
+from pruner.plan import PLAN_FILE, PruningPlan, plan_layers, read_plan
+from pruner.select import POSITIONAL, select
 from pruner.summary import totals
 
 
@@ -40,6 +46,7 @@ class Conversion:
     dtype: str | None  # float16 and so on where a conversion was asked for
     dry_run: bool
     notes: list[str] = field(default_factory=list)
+    pushed: list[Push] = field(default_factory=list)  # one, where it was pushed
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -52,6 +59,7 @@ class Conversion:
             "after": self.after,
             "shards": self.shards,
             "notes": self.notes,
+            "pushed": [push.to_json() for push in self.pushed],
         }
 
 
@@ -76,8 +84,14 @@ def choose(
     strategy: str | None,
     allow_first_layer: bool,
     allow_all: bool,
+    **calibration: Any,
 ) -> PruningPlan:
-    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing."""
+    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing.
+
+    ``calibration`` is what ``pruner.select.select`` takes besides.
+    """
+    if calibration.get("text") is not None and (plan is not None or layers is not None):
+        raise PruneAttnError("--text is for choosing by it; leave it out, or leave out --plan and --layers")
     if plan is not None:
         for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
             if value is not None:
@@ -90,13 +104,14 @@ def choose(
         return plan_layers(checkpoint, layers, sublayer or "attention")
     if drop is None:
         raise PruneAttnError("nothing to drop; say --drop 33%, --layers 22-29,31 or --plan plan.json")
-    return plan_drop(
+    return select(
         checkpoint,
-        drop,
-        sublayer or "attention",
-        strategy or "last",
+        drop=drop,
+        sublayer=sublayer or "attention",
+        strategy=strategy,
         allow_first_layer=allow_first_layer,
         allow_all=allow_all,
+        **calibration,
     )
 
 
@@ -116,27 +131,56 @@ def convert(
     allow_first_layer: bool = False,
     allow_all: bool = False,
     onnx: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    push: str | None = None,
+    text: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    objective: str | None = None,
+    resume: bool = False,
+    choosing: Callable[[float, float, str], None] | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> Conversion:
     """Write ``source`` to ``output`` with sublayers physically removed.
 
+    ``source`` is a directory, or a Hub id (at ``revision``, through ``cache_dir``) of which only headers are read until
+    all is known to be well. ``push`` names the Hub repository that the output is then pushed to.
+
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
-    (default ``last``), by ``layers`` ("22-29,31" or numbers; the source's), or by ``plan`` (a file; ``drop``
-    then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are the source's bytes unless
-    ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case that imports torch. ``onnx`` writes
-    ``model.onnx`` and ``genai_config.json`` too; a model that they cannot express is converted all the same, without
-    them and with a note that says why.
+    (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by
+    ``plan`` (a file; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are
+    the source's bytes unless ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case besides a
+    ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too; a model that they cannot
+    express is converted all the same, without them and with a note that says why.
+
+    ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
+    ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there.
 
     ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
-    is called with (bytes written, bytes in all). Raises ``PruneAttnError`` for bad input, with nothing written, and
-    ``MachineError`` or ``OSError`` where the machine fails.
+    is called with (bytes written, bytes in all), while fetching with "fetching" as a third argument. Raises
+    ``PruneAttnError`` for bad input, with nothing written, and ``MachineError`` or ``OSError`` where the machine fails.
     """
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
-    source, output = Path(source), Path(output)
+    output = Path(output)
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
-    checkpoint = open_checkpoint(source)
+    if push is not None:
+        check_can_push(push)
+    model = find(source, revision=revision, cache_dir=cache_dir)
+    # what is refused is refused before gigabytes are fetched, unless they are needed to choose
+    afar = model is not None and model.has_headers and text is None and strategy in (None, *POSITIONAL)
+    if model is None:
+        checkpoint = open_checkpoint(source)
+    else:
+        checkpoint = model.headers if afar else open_checkpoint(model.fetch(progress=progress))
+    source = checkpoint.path
+    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
+    partial = partial_path(output.with_name(f"{output.name}.plan"))
     chosen = choose(
         checkpoint,
         drop=None if drop is None else str(drop),
@@ -146,9 +190,18 @@ def convert(
         strategy=strategy,
         allow_first_layer=allow_first_layer,
         allow_all=allow_all,
+        text=text,
+        samples=samples,
+        length=length,
+        seed=seed,
+        device=device,
+        objective=objective,
+        partial=partial,
+        resume=resume,
+        progress=choosing,
+        say=say,
     )
     result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
-    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
 
     config = output_config(checkpoint, result, target_dtype)
     shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
@@ -166,9 +219,20 @@ def convert(
     total = sum(conversion.shards.values())
     check_space(output, total)
     if not dry_run:
+        if model and afar:
+            checkpoint = open_checkpoint(model.fetch(progress=progress))
+            shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
+            config = output_config(checkpoint, result, target_dtype)  # the tokenizer, too, is there only now
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
             _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
+        partial.unlink(missing_ok=True)
+        if push is not None:
+            try:
+                conversion.pushed.append(push_directory(output, push, show_progress=progress is not None))
+            except PruneAttnError as error:
+                again = f"{output} is whole, push it again with `prune-attn push {output} {push}`"
+                raise type(error)(f"{error}; {again}") from None
     return conversion
 
 
@@ -179,7 +243,7 @@ def lay_out(
     dtype: str | None,
     max_shard_size: str | int,
     overwrite: bool,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[..., None] | None,
 ) -> Conversion:
     """``convert`` that drops nothing: the same weights, laid out for ONNX. Raises where no graph can be written."""
     source, output = Path(source), Path(output)
@@ -222,11 +286,16 @@ def _notes(result: Decoder, config: dict[str, Any]) -> list[str]:
         return notes
     if dialect.engine_intermediate_size(result) != result.intermediate_size:
         notes.append(
-            f"intermediate_size {result.intermediate_size} is no multiple of 256: vLLM, llama.cpp and mlx-lm will "
-            "not load this; transformers and ONNX Runtime will"
+            f"intermediate_size {result.intermediate_size} is no multiple of 256: mlx-lm, SGLang and llama.cpp's "
+            "own converter will not load this; transformers, vLLM, ONNX Runtime and export --gguf will"
         )
     if not result.attention[0]:
-        notes.append("layer 0 has no attention: vLLM and llama.cpp will not run this; transformers will")
+        notes.append(
+            "layer 0 has no attention: vLLM and llama.cpp's own converter will not run this; "
+            "transformers, ONNX Runtime and export --gguf will"
+        )
+    if any(a and not m for a, m in zip(result.attention, result.mlp, strict=True)):
+        notes.append("attention without its MLP: llama.cpp's own converter gets this wrong; export --gguf does not")
     return notes
 
 
@@ -253,13 +322,29 @@ def _write(
     written.append(write_file(directory / CONFIG, dialect.dump(config)))
     if config["model_type"] == dialect.MODEL_TYPE:
         written += [write_file(directory / name, data) for name, data in dialect.code_files().items()]
-    for name, file in companions(checkpoint.path).items():
+    along = companions(checkpoint)
+    for name, data in along.items():
         (directory / name).parent.mkdir(exist_ok=True)
-        written.append(write_file(directory / name, file.read_bytes()))
+        written.append(write_file(directory / name, data))
     facts = record.make_record(plan, checkpoint, result, conversion.dtype)
-    written.append(write_file(directory / record.CARD, model_card(facts, config, conversion.before, conversion.after)))
     output = open_checkpoint(directory)
     runtime = [] if options is None else _write_runtime_files(output, facts, options, conversion.notes)
+    engine_notes = _notes(result, config) if config["model_type"] == dialect.MODEL_TYPE else []
+    card = model_card(
+        facts,
+        config,
+        conversion.before,
+        conversion.after,
+        checkpoint.path,
+        onnx=bool(runtime),
+        engine_notes=engine_notes,
+    )
+    written.append(write_file(directory / record.CARD, card))
+    licence = llama_licence(checkpoint.path, read_card(checkpoint.path))
+    if licence is not None:
+        conversion.notes.extend(licence_notes(licence, directory))
+        if not any(file.name.lower().startswith("notice") for file in written):
+            written.append(write_file(directory / NOTICE, f"{licence.notice}\n".encode()))
     headers = {shard.path.name: shard.header_sha256 for shard in output.shards}
     facts["files"] = {
         file.relative_to(directory).as_posix(): record.file_facts(file, headers.get(file.name)) for file in written
@@ -270,8 +355,9 @@ def _write(
     problems = verify(directory).problems
     if problems:  # cannot happen with a sound disk; better found here than by whoever loads it
         raise PruneAttnError(f"{conversion.output}: what was written does not verify ({problems[0]}); report this")
-    for name in companions(checkpoint.path):
-        shutil.copystat(checkpoint.path / name, directory / name)
+    for name in along:
+        if (checkpoint.path / name).is_file():
+            shutil.copystat(checkpoint.path / name, directory / name)
 
 
 def _write_runtime_files(

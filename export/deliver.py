@@ -17,6 +17,7 @@ from export.genai import GENAI_CONFIG, genai_config
 from export.onnx import GRAPH, GraphOptions
 from export.safetensors import write_file
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.hub import fetch, find
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES
 from pruner.nemotron_nas import dialect
@@ -27,7 +28,7 @@ RUNS_ON = {
     "bfloat16": "bfloat16 runs on CUDA only, not on the CPU",
 }
 
-_TEMPORARY = re.compile(r"\.(model\.onnx|genai_config\.json)\.prune-attn-new-[0-9a-f]{12}")
+_TEMPORARY = re.compile(r"\.(model\.onnx|genai_config\.json|README\.md)\.prune-attn-new-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,22 @@ def export(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> Export:
     """Write ``model.onnx`` and ``genai_config.json`` for a directory.
 
     In place (no ``output``) for what prune-attn wrote, or what ``save_pretrained`` made of it: each file is replaced in
     one step and no weights are read. Shards that changed since the last export are refused unless ``accept_changes``.
-    With ``output``, for any Llama: its weights are copied there, laid out so that q|k|v is one piece, under
-    ``convert``'s rules; ``dtype`` converts them. Raises ``PruneAttnError``, or ``MachineError`` where the disk fails.
+    With ``output``, for any Llama, also by its Hub id (at ``revision``, through ``cache_dir``): its weights are copied
+    there, laid out so that q|k|v is one piece, under ``convert``'s rules; ``dtype`` converts them. Raises
+    ``PruneAttnError``, or ``MachineError`` where the disk fails.
     """
     options = GraphOptions(context, last_token_logits)
+    if output is None and find(directory, revision=revision, cache_dir=cache_dir) is not None:
+        raise PruneAttnError(f"{directory}: is on the Hub; name an output: prune-attn export {directory} OUTPUT")
+    directory = fetch(directory, revision=revision, cache_dir=cache_dir, progress=progress)
     if output is not None:
         from export.convert import lay_out
 
@@ -114,11 +121,11 @@ def export(
         from export.onnx.staleness import check_fresh
 
         check_fresh(checkpoint)
-    _replace(checkpoint.path, runtime_files(checkpoint, facts, options))
+    replace_files(checkpoint.path, runtime_files(checkpoint, facts, options))
     return _describe(checkpoint, options, [])
 
 
-def _replace(directory: Path, files: dict[str, bytes]) -> None:
+def replace_files(directory: Path, files: dict[str, bytes]) -> None:
     """Each file whole or as it was: written beside its place, then renamed."""
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name):  # a killed run's

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from export.genai import generation_value
 from pruner.checkpoint import open_checkpoint
+from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.model import LanguageModel, TorchLanguageModel
 from pruner.text import load_tokenizer
@@ -34,12 +35,17 @@ def generate(
     new_tokens: int = 64,
     backend: str = "onnx",
     device: str = "auto",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[..., None] | None = None,
     write: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.
 
-    The prompt is taken as it is, with the tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
+    ``directory`` may be a Hub id, at ``revision``, through ``cache_dir``. The prompt is taken as it is, with the
+    tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
     """
+    directory = fetch(directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress)
     model, took = _open(directory, backend, device)
     tokenizer = load_tokenizer(directory)
     eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_token_id)

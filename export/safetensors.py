@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from export._system import reserve, start_writeback
-from pruner.checkpoint import INDEX, Tensor
+from pruner.checkpoint import INDEX, OpenFiles, Tensor, read_blocks
 from pruner.errors import MachineError, PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, itemsize
 
 DATA_ALIGNMENT = 4096
 _CHUNK = 16 << 20  # bytes the kernel copies a call; small enough that the disk and signals are not kept waiting
-_CONVERT_ELEMENTS = 4 << 20  # elements converted at a time
 
 Progress = Callable[[int], None]
 
@@ -119,17 +118,14 @@ def write_shards(directory: Path, shards: list[OutputShard], progress: Progress 
     ``PruneAttnError`` where the source changes meanwhile or a value does not fit the dtype asked for.
     """
     done = progress or (lambda nbytes: None)
-    sources = _Sources()
     written = []
-    try:
+    with OpenFiles() as sources:
         for shard in shards:
             path = directory / shard.file
             with disk_errors(path):
                 _write_shard(path, shard, sources, done)
             written.append(path)
         sources.check_unchanged()
-    finally:
-        sources.close()
     if len(shards) > 1:
         written.append(write_file(directory / INDEX, index_json(shards)))
     return written
@@ -159,66 +155,44 @@ class disk_errors:  # noqa: N801, reads as a statement
             raise MachineError(f"{self.path}: cannot be written: {cure}") from error
 
 
-class _Sources:
-    """Source files, each opened once, and a check that none changed while it was read."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, os.stat_result]] = {}
-
-    def fd(self, path: Path) -> int:
-        if path not in self._open:
-            fd = os.open(path, os.O_RDONLY)
-            self._open[path] = fd, os.fstat(fd)
-        return self._open[path][0]
-
-    def check_unchanged(self) -> None:
-        for path, (fd, before) in self._open.items():
-            now = os.fstat(fd)
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise PruneAttnError(f"{path}: changed while it was read; convert again when it is complete")
-
-    def close(self) -> None:
-        for fd, _ in self._open.values():
-            os.close(fd)
-
-
-def _runs(entries: Iterable[Entry]) -> Iterator[tuple[Path, int, int]]:
-    """(source file, offset, bytes) of consecutive entries, joined where the source has them adjacent too."""
+def _steps(entries: Iterable[Entry]) -> Iterator[tuple[Path, int, int] | Entry]:
+    """What to write, in order: runs (source file, offset, bytes) for the kernel to copy, joined where the source has
+    them adjacent too, and entries whose bytes have to be gathered or converted."""
     current: tuple[Path, int, int] | None = None
     for entry in entries:
-        source = entry.source
-        if current and current[0] == source.path and current[1] + current[2] == source.start:
-            current = (source.path, current[1], current[2] + source.nbytes)
-        else:
+        runs = entry.source.runs if entry.dtype == entry.source.dtype else None
+        for path, start, nbytes in runs or []:
+            if current and current[0] == path and current[1] + current[2] == start:
+                current = (path, current[1], current[2] + nbytes)
+            else:
+                if current:
+                    yield current
+                current = (path, start, nbytes)
+        if runs is None:
             if current:
                 yield current
-            current = (source.path, source.start, source.nbytes)
+            current = None
+            yield entry
     if current:
         yield current
 
 
-def _write_shard(path: Path, shard: OutputShard, sources: _Sources, progress: Progress) -> None:
+def _write_shard(path: Path, shard: OutputShard, sources: OpenFiles, progress: Progress) -> None:
     out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         reserve(out, shard.size, str(path))
         position = os.pwrite(out, shard.header, 0)
-        if all(entry.dtype == entry.source.dtype for entry in shard.entries):
-            for source, start, nbytes in _runs(shard.entries):
+        for step in _steps(shard.entries):
+            if isinstance(step, Entry):
+                for data in read_as(step.source, sources, step.dtype):
+                    _pwrite_all(out, data, position)
+                    start_writeback(out, position, len(data))
+                    position += len(data)
+                    progress(len(data))
+            else:
+                source, start, nbytes = step
                 copy_range(sources.fd(source), start, out, position, nbytes, source, progress)
                 position += nbytes
-        else:
-            for entry in shard.entries:
-                if entry.dtype == entry.source.dtype:
-                    copy_range(
-                        sources.fd(entry.source.path), entry.source.start, out, position, entry.nbytes,
-                        entry.source.path, progress,
-                    )  # fmt: skip
-                    position += entry.nbytes
-                    continue
-                for converted in convert_chunks(entry.source, sources.fd(entry.source.path), entry.dtype):
-                    _pwrite_all(out, converted, position)
-                    position += len(converted)
-                    progress(len(converted))
         os.fsync(out)
     finally:
         os.close(out)
@@ -256,28 +230,26 @@ def copy_range(
             progress(count)
 
 
-def _pwrite_all(out: int, data: bytes | memoryview, position: int) -> None:
+def _pwrite_all(out: int, data: bytes | bytearray, position: int) -> None:
     view = memoryview(data)
     while view:
         count = os.pwrite(out, view, position)
         view, position = view[count:], position + count
 
 
-def convert_chunks(source: Tensor, fd: int, dtype: str) -> Iterator[bytes]:
-    """The tensor's bytes in another dtype (round to nearest even), some elements at a time. Imports torch.
+def read_as(source: Tensor, files: OpenFiles, dtype: str) -> Iterator[bytes | bytearray]:
+    """The tensor's bytes in ``dtype`` (round to nearest even), some elements at a time. Imports torch to convert.
 
     Raises ``PruneAttnError`` where a finite value overflows, which only float16 does with real weights.
     """
+    if dtype == source.dtype:
+        yield from read_blocks(source, files)
+        return
     import torch
 
     before, after = (getattr(torch, WEIGHT_DTYPES[name]) for name in (source.dtype, dtype))
-    step = _CONVERT_ELEMENTS * itemsize(source.dtype)
-    end = source.start + source.nbytes
-    for start in range(source.start, end, step):
-        data = bytearray(min(step, end - start))
-        if os.preadv(fd, [data], start) != len(data):
-            raise PruneAttnError(f"{source.path}: ended while it was read; convert again when it is complete")
-        values = torch.frombuffer(data, dtype=before)
+    for data in read_blocks(source, files):
+        values = torch.frombuffer(bytearray(data), dtype=before)
         converted = values.to(after)
         if bool((converted.isinf() & values.isfinite()).any()):
             largest = float(values[values.isfinite()].abs().max())

@@ -38,7 +38,7 @@ def output_config(checkpoint: Checkpoint, result: Decoder, dtype: str | None) ->
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = WEIGHT_DTYPES[dtype]  # transformers before 4.56 reads the second
     if config["model_type"] == dialect.MODEL_TYPE:
-        name = tokenizer_class(checkpoint.path, companions(checkpoint.path), config)
+        name = tokenizer_class(companions(checkpoint), config)
         if name:
             config["tokenizer_class"] = name
     return config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ from typing import Any
 from export import record
 from export.companions import companions
 from export.onnx import GRAPH
-from export.safetensors import convert_chunks
+from export.safetensors import read_as
 from export.target import output_config, source_names
-from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
+from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
+from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
 from pruner.plan import PLAN_FILE, read_plan
-
-_CHUNK = 8 << 20
 
 
 @dataclass
@@ -52,20 +50,27 @@ def verify(
     output: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> Verification:
     """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect, and that
     ``model.onnx``, where there is one, belongs to these shards. No weights are read.
 
     With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
-    ``--dtype`` was used), every dropped one gone, and the same configuration again. ``progress`` is called with (bytes
-    compared, bytes in all). Raises ``PruneAttnError`` only where ``output`` is no directory or ``against`` no
-    checkpoint; all else is reported as problems.
+    ``--dtype`` was used), every dropped one gone, and the same configuration again. It may be a Hub id (at
+    ``revision``, through ``cache_dir``), which is fetched. ``progress`` is called with (bytes compared, bytes in all),
+    while fetching with "fetching" as a third argument. Raises ``PruneAttnError`` only where ``output`` is no directory
+    or ``against`` no checkpoint; all else is reported as problems.
     """
     output = Path(output)
-    source = None if against is None else open_checkpoint(against)
     if not output.is_dir():
         raise PruneAttnError(f"{output}: no such directory; give one that prune-attn convert wrote")
+    source = None
+    if against is not None:
+        source = open_checkpoint(fetch(against, revision=revision, cache_dir=cache_dir, progress=progress))
+    elif revision is not None or cache_dir is not None:
+        raise PruneAttnError("--revision and --cache-dir belong to a Hub id given with --against; leave them out")
     result = Verification(output, None if source is None else source.path)
     facts = record.read_record(output)
     if facts is None:
@@ -125,8 +130,8 @@ def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> I
 
 
 def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    made_from = {k: v for k, v in facts["source"].items() if k != "name"}
-    if made_from != {k: v for k, v in source.fingerprint().items() if k != "name"}:
+    found = source.fingerprint()
+    if any(facts["source"].get(key) != found[key] for key in ("config_sha256", "shards")):  # wherever it lies
         yield f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
         return
     try:
@@ -147,9 +152,9 @@ def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source:
     stored = {new for new, old in names.items() if old in source.tensors}
     for name in sorted(stored ^ checkpoint.tensors.keys()):
         yield f"{output}: tensor {name!r} should {'' if name in stored else 'not '}be there; convert again"
-    for name, file in companions(source.path).items():
-        if not (output / name).is_file() or (output / name).read_bytes() != file.read_bytes():
-            yield f"{output / name}: is not the source's; copy it from {file}"
+    for name, data in companions(source).items():
+        if not (output / name).is_file() or (output / name).read_bytes() != data:
+            yield f"{output / name}: is not {source.path}'s; convert again"
 
 
 def compare_tensors(
@@ -163,23 +168,12 @@ def compare_tensors(
     names = source_names(left)
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (str(t.path), t.start))
     total, done = checkpoint.nbytes, 0
-    with ExitStack() as files:
-        open_files: dict[Path, int] = {}
-
-        def fd(path: Path) -> int:
-            if path not in open_files:
-                open_files[path] = files.enter_context(open(path, "rb")).fileno()
-            return open_files[path]
-
+    with OpenFiles() as files:
         for tensor in tensors:
             original = source.tensors[names[tensor.name]]
-            if tensor.dtype == original.dtype:
-                chunks = _read(fd(original.path), original)
-            else:
-                chunks = convert_chunks(original, fd(original.path), tensor.dtype)
             position = tensor.start
-            for chunk in chunks:
-                if os.pread(fd(tensor.path), len(chunk), position) != chunk:
+            for chunk in read_as(original, files, tensor.dtype):
+                if os.pread(files.fd(tensor.path), len(chunk), position) != chunk:
                     result.problems.append(
                         f"{tensor.path}: {tensor.name!r} is not the source's (first difference after byte "
                         f"{position - tensor.start} of {tensor.nbytes}); convert again"
@@ -190,9 +184,3 @@ def compare_tensors(
             result.compared += 1
             if progress:
                 progress(done, total)
-
-
-def _read(fd: int, tensor: Tensor) -> Iterator[bytes]:
-    end = tensor.start + tensor.nbytes
-    for start in range(tensor.start, end, _CHUNK):
-        yield os.pread(fd, min(_CHUNK, end - start), start)

@@ -16,17 +16,22 @@ from pruner.errors import PruneAttnError
 from pruner.nemotron_nas import dialect
 
 if TYPE_CHECKING:
-    from pruner.checkpoint.header import Shard
+    from pruner.checkpoint.tensor import Shard
 
 WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _DTYPE_NAMES = {name: dtype for dtype, name in WEIGHT_DTYPES.items()}
 
 SUBLAYERS = ("attention", "mlp", "block")
 
-_QUANTISED_SUFFIXES = (
-    ".qweight", ".qzeros", ".scales", ".g_idx", ".SCB", ".weight_format", ".absmax", ".quant_map", ".weight_scale",
-    ".weight_scale_inv", ".input_scale", ".weight_packed", ".weight_shape",
-)  # fmt: skip
+UNQUANTISED = "convert from the unquantised checkpoint that it was made from (safetensors, PyTorch's .bin, Meta's .pth)"
+_QUANTISED = {  # the last part of a tensor's name, and who writes such tensors
+    "g_idx": "GPTQ", "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "scales": "GPTQ or AWQ",
+    "SCB": "bitsandbytes", "weight_format": "bitsandbytes", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",
+    "nested_absmax": "bitsandbytes", "nested_quant_map": "bitsandbytes", "bitsandbytes__nf4": "bitsandbytes",
+    "bitsandbytes__fp4": "bitsandbytes", "weight_scale": "compressed-tensors or FP8", "weight_scale_inv": "FP8",
+    "input_scale": "compressed-tensors or FP8", "weight_packed": "compressed-tensors",
+    "weight_shape": "compressed-tensors",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,9 +212,9 @@ def check_not_quantised(config: dict[str, Any], path: Path) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if method is None and isinstance(quantisation, dict):
         method = "bitsandbytes" if any(key.startswith("load_in_") for key in quantisation) else None
-    raise PruneAttnError(
-        f"{path}: is quantised ({method or 'unknown method'}); convert from the unquantised checkpoint"
-    )
+    base = config.get("_name_or_path")
+    named = f"; its _name_or_path is {base[:100]!r}" if isinstance(base, str) and base else ""
+    raise PruneAttnError(f"{path}: is quantised ({method or 'unknown method'}); {UNQUANTISED}{named}")
 
 
 def check_tensors(decoder: Decoder, shards: Iterable[Shard], directory: Path) -> None:
@@ -218,11 +223,10 @@ def check_tensors(decoder: Decoder, shards: Iterable[Shard], directory: Path) ->
     missing = dict(expected)
     for shard in shards:
         for name, tensor in shard.tensors.items():
-            if name.endswith(_QUANTISED_SUFFIXES) or (name in expected and tensor.dtype not in WEIGHT_DTYPES):
-                raise PruneAttnError(
-                    f"{shard.path}: {name!r} is {tensor.dtype}: the checkpoint is quantised; "
-                    "convert from the unquantised one"
-                )
+            method = _QUANTISED.get(name.rpartition(".")[2])
+            if method or (name in expected and tensor.dtype not in WEIGHT_DTYPES):
+                how = f" ({method})" if method else ""
+                raise PruneAttnError(f"{shard.path}: is quantised{how}: {name!r} is {tensor.dtype}; {UNQUANTISED}")
             if name not in expected:
                 if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old conversions stored; it is recomputed
                     continue

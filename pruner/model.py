@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from pruner.checkpoint import open_checkpoint
+from pruner.checkpoint.load import load_tensor
 from pruner.errors import PruneAttnError
+from pruner.nemotron_nas import dialect
 
 if TYPE_CHECKING:
     import torch
@@ -60,19 +62,24 @@ class TorchLanguageModel:
         attention_implementation: str = "sdpa",
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM
         from transformers.utils import logging
 
-        import pruner
+        from pruner.nemotron_nas.configuration_pruned_llama import PrunedLlamaConfig
+        from pruner.nemotron_nas.modeling_pruned_llama import DeciLMForCausalLM
 
         logging.disable_progress_bar()
 
         checkpoint = open_checkpoint(directory)
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
-        pruner.register()
-        self.model = AutoModelForCausalLM.from_pretrained(
-            str(directory),
+        pruned = checkpoint.config["model_type"] == dialect.MODEL_TYPE
+        kind, config = (DeciLMForCausalLM, PrunedLlamaConfig) if pruned else (LlamaForCausalLM, LlamaConfig)
+        # from the tensors, not the directory: one way for every format, and no pickle is run
+        self.model = kind.from_pretrained(
+            None,
+            config=config.from_dict(checkpoint.config),
+            state_dict={name: load_tensor(tensor) for name, tensor in checkpoint.tensors.items()},
             dtype=getattr(torch, dtype) if dtype else "auto",
             attn_implementation=attention_implementation,
         )

@@ -17,7 +17,7 @@ from typing import Any
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import SUBLAYERS, Decoder
-from pruner.select import STRATEGIES, positional_order
+from pruner.select import POSITIONAL, STRATEGIES, positional_order
 
 FORMAT = "prune-attn plan"
 VERSION = 1
@@ -31,6 +31,8 @@ class PruningPlan:
     ``order`` lists layers in the order in which their ``sublayer`` goes; the first ``drop`` of it are dropped. Plans
     without an order (``sublayer`` "mixed") name both sets. ``requested`` is what was asked for, as it was written;
     ``source`` is ``Checkpoint.fingerprint()`` of the model the plan was made for (``None``: it came without one).
+    ``sets`` has, for counts at which the best set is not the beginning of the order, that set. ``selection`` says how a
+    calibrated plan came about: objective, scores in the order's order, calibration text.
     """
 
     sublayer: str
@@ -40,6 +42,8 @@ class PruningPlan:
     order: tuple[int, ...] | None = None
     requested: str | None = None
     source: dict[str, Any] | None = field(default=None, repr=False)
+    sets: dict[int, tuple[int, ...]] | None = None
+    selection: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, sublayer: str, strategy: str, order: Iterable[int], drop: int, requested: str) -> PruningPlan:
@@ -59,8 +63,11 @@ class PruningPlan:
         count = parse_drop(drop, original_counts(checkpoint)[self.sublayer])
         if count > len(self.order):
             raise PruneAttnError(f"--drop {drop}: the plan's order has only {len(self.order)} layers; drop fewer")
-        plan = PruningPlan.of(self.sublayer, self.strategy, self.order, count, drop)
-        return _only_present(replace(plan, source=self.source), checkpoint.decoder)
+        first = (self.sets or {}).get(count, self.order[:count])
+        order = tuple(sorted(self.order, key=lambda layer: layer not in first))  # stable: otherwise as it was
+        plan = PruningPlan.of(self.sublayer, self.strategy, order, count, drop)
+        plan = replace(plan, source=self.source, sets=self.sets, selection=self.selection)
+        return only_present(plan, checkpoint.decoder)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as the JSON object that ``read_plan`` reads."""
@@ -74,6 +81,13 @@ class PruningPlan:
             "attention": list(self.attention),
             "mlp": list(self.mlp),
             "source": self.source,
+        } | {
+            name: value
+            for name, value in (
+                ("sets", self.sets and {str(n): list(layers) for n, layers in self.sets.items()}),
+                ("selection", self.selection),
+            )
+            if value is not None
         }
 
     def check(self, decoder: Decoder, *, allow_first_layer: bool = False, allow_all: bool = False) -> Decoder:
@@ -162,10 +176,31 @@ def plan_drop(
     allow_first_layer: bool = False,
     allow_all: bool = False,
 ) -> PruningPlan:
-    """Choose ``drop`` (a count or a percentage) sublayers by a strategy. Layer 0 is never chosen unless allowed.
+    """Choose ``drop`` (a count or a percentage) sublayers by their position. Layer 0 is never chosen unless allowed.
 
-    Raises ``PruneAttnError`` where fewer can be dropped than are asked for.
+    Raises ``PruneAttnError`` where fewer can be dropped than are asked for, and for a strategy that needs a text.
     """
+    count, candidates = candidates_for(
+        checkpoint, drop, sublayer, strategy, allow_first_layer=allow_first_layer, allow_all=allow_all
+    )
+    if strategy not in POSITIONAL:
+        raise PruneAttnError(f"--strategy {strategy} chooses by what a text costs; give one with --text")
+    order = positional_order(strategy, candidates, checkpoint.decoder.num_layers)
+    if count > len(order):
+        hint = "drop fewer" if allow_first_layer or allow_all else "drop fewer, or add --allow-first-layer"
+        raise PruneAttnError(
+            f"--drop {drop}: strategy {strategy} can drop only {len(order)} {_NAMES[sublayer]} here; {hint}"
+        )
+    return only_present(PruningPlan.of(sublayer, strategy, order, count, drop), checkpoint.decoder)
+
+
+_NAMES = {"attention": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks"}
+
+
+def candidates_for(
+    checkpoint: Checkpoint, drop: str, sublayer: str, strategy: str, *, allow_first_layer: bool, allow_all: bool
+) -> tuple[int, tuple[int, ...]]:
+    """How many sublayers ``drop`` means, and the layers to choose from. Raises ``PruneAttnError`` as ``plan_drop``."""
     if strategy not in STRATEGIES:
         raise PruneAttnError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
     if sublayer not in SUBLAYERS:
@@ -173,7 +208,7 @@ def plan_drop(
     decoder = checkpoint.decoder
     count = parse_drop(drop, original_counts(checkpoint)[sublayer])
     candidates = decoder.present(sublayer)
-    name = {"attention": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks"}[sublayer]
+    name = _NAMES[sublayer]
     if count > len(candidates):
         raise PruneAttnError(f"--drop {drop}: the model has only {len(candidates)} {name} left; drop fewer")
     if count == len(candidates) and sublayer == "block":
@@ -182,12 +217,7 @@ def plan_drop(
         raise PruneAttnError(f"all {count} {name} would be dropped; drop fewer, or add --allow-all if you mean it")
     if not allow_first_layer and count < len(candidates):
         candidates = tuple(layer for layer in candidates if layer != 0)
-    order = positional_order(strategy, candidates, decoder.num_layers)
-    if count > len(order):
-        hint = "drop fewer" if allow_first_layer or allow_all else "drop fewer, or add --allow-first-layer"
-        raise PruneAttnError(f"--drop {drop}: strategy {strategy} can drop only {len(order)} {name} here; {hint}")
-    plan = PruningPlan.of(sublayer, strategy, order, count, drop)
-    return _only_present(plan, decoder)
+    return count, candidates
 
 
 def plan_layers(checkpoint: Checkpoint, layers: str, sublayer: str = "attention") -> PruningPlan:
@@ -196,10 +226,10 @@ def plan_layers(checkpoint: Checkpoint, layers: str, sublayer: str = "attention"
         raise PruneAttnError(f"unknown sublayer {sublayer!r}; choose one of {', '.join(SUBLAYERS)}")
     order = parse_layers(layers)
     plan = PruningPlan.of(sublayer, "layers", order, len(order), layers)
-    return _only_present(plan, checkpoint.decoder)
+    return only_present(plan, checkpoint.decoder)
 
 
-def _only_present(plan: PruningPlan, decoder: Decoder) -> PruningPlan:
+def only_present(plan: PruningPlan, decoder: Decoder) -> PruningPlan:
     """A block that has lost one sublayer before is dropped by dropping the other one."""
     if plan.sublayer != "block":
         return plan
@@ -258,12 +288,12 @@ def _read_ours(path: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Prun
     if sublayer in SUBLAYERS:
         order = _ints(path, data, "order")
         named = set(attention) | set(mlp)
-        meant = _only_present(PruningPlan.of(sublayer, "", order, len(named), ""), checkpoint.decoder)
+        meant = only_present(PruningPlan.of(sublayer, "", order, len(named), ""), checkpoint.decoder)
         if (set(meant.attention), set(meant.mlp)) != (set(attention), set(mlp)):
             raise PruneAttnError(f"{path}: its order does not begin with the layers that it drops; make the plan again")
     elif sublayer != "mixed":
         raise PruneAttnError(f"{path}: unknown sublayer {sublayer!r}; make the plan again")
-    requested = data.get("requested")
+    requested, selection = data.get("requested"), data.get("selection")
     return PruningPlan(
         sublayer,
         str(data.get("strategy")),
@@ -272,7 +302,22 @@ def _read_ours(path: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Prun
         order,
         requested if isinstance(requested, str) else None,
         source,
+        _read_sets(path, data, order),
+        selection if isinstance(selection, dict) else None,
     )
+
+
+def _read_sets(path: Path, data: dict[str, Any], order: tuple[int, ...] | None) -> dict[int, tuple[int, ...]] | None:
+    sets = data.get("sets")
+    if sets is None:
+        return None
+    if not isinstance(sets, dict) or order is None:
+        raise PruneAttnError(f"{path}: its sets do not fit its order; make the plan again")
+    read = {int(n): _ints(path, sets, n) for n in sets if re.fullmatch(r"[1-9]\d{0,5}", n)}
+    for n, layers in read.items():
+        if len(layers) != n or len(set(layers)) != n or not set(layers) <= set(order):
+            raise PruneAttnError(f"{path}: its set of {n} layers does not fit its order; make the plan again")
+    return read
 
 
 def _check_made_for(path: Path, source: Any, checkpoint: Checkpoint) -> None:

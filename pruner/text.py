@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pruner.checkpoint.meta import meta_parts
+from pruner.checkpoint.meta_files import meta_files
 from pruner.errors import PruneAttnError
 
 if TYPE_CHECKING:
@@ -35,15 +38,30 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
 
     logging.disable_progress_bar()
     pruner.register()
-    try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
+    directory = Path(directory)
+    with tempfile.TemporaryDirectory() as made:
+        place = directory
+        if meta_parts(directory) and not (directory / "tokenizer.json").exists():
+            place = Path(made)
+            for name, data in meta_files(directory).items():
+                (place / name).write_bytes(data)
+        try:
+            return AutoTokenizer.from_pretrained(str(place))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
 
 
 def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Text:
     """Read and tokenize a UTF-8 text file. Raises ``PruneAttnError`` for one that is missing, empty or not text."""
+    data, text = read_utf8(path)
+    # verbose=False: that a book is longer than the context is no news
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return Text(Path(path), hashlib.sha256(data).hexdigest(), len(data), ids)
+
+
+def read_utf8(path: str | os.PathLike[str]) -> tuple[bytes, str]:
+    """A text file's bytes and text. Raises as ``read_text``."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -56,6 +74,4 @@ def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) 
         raise PruneAttnError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if not text.strip():
         raise PruneAttnError(f"{path}: is empty; give a text file with something in it")
-    # verbose=False: that a book is longer than the context is no news
-    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    return Text(path, hashlib.sha256(data).hexdigest(), len(data), ids)
+    return data, text

@@ -1,6 +1,6 @@
 """Speed and correctness on a CUDA GPU, in one run.
 
-    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without ...] [--keep]
+    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without A,B] [--keep]
 
 Speed, on a checkpoint of random fp16 weights (it does not depend on what they are): load, prefill, decode a token with
 and without a CUDA graph, GPU memory, for the original and for the deepest third of its attention removed, beside the

@@ -76,7 +76,7 @@ def test_not_a_checkpoint(tmp_path, source):
     refused(tmp_path / "none", "none: no such directory")
     refused(source / "config.json", r"config\.json: is a file")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(source, "PyTorch weights")
+    refused(source, r"pytorch_model\.bin: is no PyTorch file")
     (source / "pytorch_model.bin").rename(source / "model.gguf")
     refused(source, "GGUF")
     (source / "model.gguf").unlink()

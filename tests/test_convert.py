@@ -408,3 +408,18 @@ def test_inspect(cli, shipped, make_llama):
     grouped = json.loads(cli("inspect", make_llama(max_shard_size="200KB"), "--json", check=0).stdout)
     assert grouped["kv_cache_bytes_per_token"] == 2 * 4 * 2 * 16 * 4
     assert len(grouped["shards"]) > 1
+
+
+def test_other_widths_are_offered_to_vllm(make_llama, tmp_path):
+    """vLLM takes ``ffn.intermediate_size`` where a block has no ``ffn_mult``; what is saved still has ``ffn_mult``."""
+    import pickle
+
+    from transformers import AutoConfig
+
+    for width in (200, 256):
+        convert(make_llama(f"m{width}", intermediate_size=width), tmp_path / f"o{width}", layers="1", onnx=False)
+        config = AutoConfig.from_pretrained(tmp_path / f"o{width}", trust_remote_code=True)
+        for ffn in (config.block_configs[1].ffn, pickle.loads(pickle.dumps(config.block_configs))[1].ffn):
+            assert hasattr(ffn, "ffn_mult") == (width == 256)
+            assert ffn.intermediate_size == (200 if width == 200 else None)
+        assert config.to_dict()["block_configs"][1]["ffn"].keys() == {"no_op", "ffn_mult", "replace_with_linear"}

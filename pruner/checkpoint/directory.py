@@ -1,49 +1,53 @@
-"""A Hugging Face checkpoint directory: ``config.json`` and one safetensors file, or many with an index."""
+"""A checkpoint directory: Hugging Face's (``config.json`` with safetensors or PyTorch files), or Meta's own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.header import Shard, Tensor, no_duplicates, read_shard
+from pruner.checkpoint.header import no_duplicates, read_shard
+from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
+from pruner.checkpoint.pickled import read_pickled
+from pruner.checkpoint.tensor import Shard, Tensor
 from pruner.errors import PruneAttnError
-from pruner.llama import Decoder, check_not_quantised, check_tensors
+from pruner.llama import UNQUANTISED, Decoder, check_not_quantised, check_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PYTORCH = "pytorch_model.bin"
+_PYTORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. Nothing but ``config.json``, the index and the shards' headers has been read."""
+    """An opened checkpoint. Nothing but ``config.json``, the index and the shards' headers has been read.
+
+    ``tensors`` are the decoder's by Hugging Face's names, stored buffers such as ``rotary_emb.inv_freq`` left out.
+    Where ``meta`` is true it is Meta's distribution: ``config`` is made from ``params.json``, whose hash
+    ``config_sha256`` then is, and ``shards`` have Meta's names.
+    """
 
     path: Path
     config: dict[str, Any] = field(repr=False)
     config_sha256: str
     shards: tuple[Shard, ...] = field(repr=False)
     decoder: Decoder
+    tensors: dict[str, Tensor] = field(repr=False)
+    meta: bool = False
 
     @property
     def name(self) -> str:
         """What people call it: ``owner/name`` in the Hub's cache, elsewhere the directory's name."""
         path = self.path.resolve()
-        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        if _in_hub_cache(path):
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
         return os.fsencode(path.name).decode("utf-8", "replace")
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the decoder by name, stored buffers such as ``rotary_emb.inv_freq`` left out."""
-        expected = self.decoder.tensors()
-        found = {t.name: t for shard in self.shards for t in shard.tensors.values()}
-        return {name: tensor for name, tensor in found.items() if name in expected}
 
     @property
     def parameters(self) -> int:
@@ -64,12 +68,22 @@ class Checkpoint:
         return tuple(sorted(sizes, key=lambda d: (-sizes[d], d)))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies this checkpoint in a plan: SHA-256 of the config and of every shard's header."""
+        """What identifies this checkpoint in a plan: SHA-256 of the config and of each ``Shard``'s header.
+
+        In the Hub's cache also the repository and its commit (``hub``).
+        """
+        path = self.path.resolve()
+        hub = {"repo_id": self.name, "commit": path.name} if _in_hub_cache(path) else None
         return {
             "name": self.name,
+            **({"hub": hub} if hub else {}),
             "config_sha256": self.config_sha256,
             "shards": {s.path.name: {"size": s.size, "header_sha256": s.header_sha256} for s in self.shards},
         }
+
+
+def _in_hub_cache(path: Path) -> bool:
+    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
 def read_json(path: Path) -> tuple[Any, str]:
@@ -88,6 +102,16 @@ def read_json(path: Path) -> tuple[Any, str]:
 
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:
     """``config.json`` of a checkpoint directory and its SHA-256; ``PruneAttnError`` where there is no such thing."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {CONFIG} in it; {_instead(directory)}")
+    config, digest = read_json(path)
+    if not isinstance(config, dict):
+        raise PruneAttnError(f"{path}: is not a JSON object; download it again")
+    return config, digest
+
+
+def _check_directory(directory: Path) -> None:
     try:
         exists = directory.exists()
     except OSError:  # a name that no file system can have
@@ -95,38 +119,41 @@ def read_config(directory: Path) -> tuple[dict[str, Any], str]:
     if not exists:
         raise PruneAttnError(f"{directory}: no such directory; give the path of a Llama checkpoint")
     if not directory.is_dir():
+        if directory.suffix == ".gguf":
+            raise PruneAttnError(f"{directory}: is GGUF (llama.cpp); {UNQUANTISED}")
         raise PruneAttnError(f"{directory}: is a file; give the checkpoint's directory, which holds {CONFIG}")
-    path = directory / CONFIG
-    if not path.is_file():
-        if any(directory.glob("*.gguf")):
-            hint = "it holds GGUF; convert from the Hugging Face safetensors checkpoint it was made from"
-        elif any(directory.glob("consolidated.*.pth")):
-            hint = "it holds Meta's own .pth files; give the Hugging Face form (the repository whose name ends in -hf)"
-        else:
-            hint = "give the directory that transformers' save_pretrained or a Hub download made"
-        raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {CONFIG} in it; {hint}")
-    config, digest = read_json(path)
-    if not isinstance(config, dict):
-        raise PruneAttnError(f"{path}: is not a JSON object; download it again")
-    return config, digest
 
 
-def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+def _instead(directory: Path) -> str:
+    """What a directory without weights that can be read holds instead, and what to do."""
+    names = [path.name for path in directory.iterdir()]
+    if any(name.endswith(".gguf") for name in names):
+        return f"it holds GGUF (llama.cpp); {UNQUANTISED}"
+    for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
+        if file in names:
+            return f"it is quantised ({method}, says {file}); {UNQUANTISED}"
+    if "adapter_config.json" in names:
+        return "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
+    if _weights(directory) is None and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        return f"its PyTorch files must be called {_PYTORCH}, as its index says, or consolidated.00.pth and so on"
+    return "give the directory that transformers' save_pretrained, a Hub download or Meta's download made"
+
+
+def _weights(directory: Path) -> tuple[str, str, Callable[[Path], Shard]] | None:
+    """The single file's name, the index's, and the reader; ``None`` where there are no weights of Hugging Face's."""
+    for single, index, read in ((WEIGHTS, INDEX, read_shard), (_PYTORCH, _PYTORCH_INDEX, read_pickled)):
+        if os.path.lexists(directory / single) or (directory / index).is_file():
+            return single, index, read
+    return None
+
+
+def _shard_names(directory: Path, single: str, index: str) -> tuple[list[str], dict[str, str] | None]:
     """The shards' file names, and the index's weight map where an index says so."""
-    if os.path.lexists(directory / WEIGHTS):  # transformers, too, takes the single file where both exist
-        return [WEIGHTS], None
-    index_path = directory / INDEX
-    if not index_path.is_file():
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
-            raise PruneAttnError(
-                f"{directory}: holds PyTorch weights (.bin or .pth) and no safetensors; convert them first: "
-                "AutoModelForCausalLM.from_pretrained(DIR, dtype='auto').save_pretrained(NEW)"
-            )
-        if any(directory.glob("*.gguf")):
-            raise PruneAttnError(f"{directory}: holds GGUF; convert from the safetensors checkpoint it was made from")
-        raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {WEIGHTS} and no {INDEX} in it")
-    index, _ = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if os.path.lexists(directory / single):  # transformers, too, takes the single file where both exist
+        return [single], None
+    index_path = directory / index
+    data, _ = read_json(index_path)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise PruneAttnError(f"{index_path}: has no weight_map; download it again")
     names = sorted(set(weight_map.values()))
@@ -157,18 +184,40 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Llama checkpoint directory (safetensors, sharded or not, links followed), plain or pruned by this tool.
+    """Open a Llama checkpoint directory, links followed: Hugging Face's, plain or pruned by this tool, or Meta's.
 
+    Weights are taken from safetensors, else from PyTorch's files, whose pickles are never run, else from Meta's parts.
     Cost: ``config.json``, the index and the shards' headers; no weights are read. Every name and shape is checked
     against the configuration. Raises ``PruneAttnError`` with one line that names the file.
     """
     directory = Path(path)
+    _check_directory(directory)
+    weights = _weights(directory)
+    if weights is None and meta_parts(directory):
+        if not (directory / PARAMS).is_file():
+            raise PruneAttnError(f"{directory / PARAMS}: is missing; it lies beside the parts in Meta's distribution")
+        params, digest = read_json(directory / PARAMS)
+        config, shards, decoder, tensors = read_meta(directory, params)
+        return Checkpoint(directory, config, digest, shards, decoder, tensors, meta=True)
     config, digest = read_config(directory)
     check_not_quantised(config, directory / CONFIG)
     decoder = Decoder.from_config(config, directory / CONFIG)
-    names, weight_map = _shard_names(directory)
-    shards = tuple(read_shard(directory / name) for name in names)
+    if weights is None:
+        raise PruneAttnError(
+            f"{directory}: is not a checkpoint, there is no {WEIGHTS} and no {INDEX} in it; {_instead(directory)}"
+        )
+    single, index, read = weights
+    names, weight_map = _shard_names(directory, single, index)
+    shards = tuple(read(directory / name) for name in names)
     if weight_map is not None:
-        _check_index(directory / INDEX, weight_map, shards)
+        _check_index(directory / index, weight_map, shards)
     check_tensors(decoder, shards, directory)
-    return Checkpoint(directory, config, digest, shards, decoder)
+    expected = decoder.tensors()
+    tensors = {t.name: t for shard in shards for t in shard.tensors.values() if t.name in expected}
+    if decoder.tied and _same_place(tensors, "lm_head.weight", "model.embed_tokens.weight"):
+        del tensors["lm_head.weight"]  # a PyTorch file names the one matrix twice
+    return Checkpoint(directory, config, digest, shards, decoder, tensors)
+
+
+def _same_place(tensors: dict[str, Tensor], a: str, b: str) -> bool:
+    return a in tensors and b in tensors and replace(tensors[a], name=b) == tensors[b]

@@ -11,49 +11,14 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from pruner.checkpoint.tensor import DTYPE_BYTES, Shard, Tensor
 from pruner.errors import PruneAttnError
 
-# Whole-byte dtypes of the format. The ones that a Llama's weights can have are in pruner.llama.
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """Where one tensor lies: ``nbytes`` bytes from ``start`` (absolute, in bytes) of the file ``path``."""
-
-    name: str
-    dtype: str  # the format's name: F16, BF16, F32 ...
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    nbytes: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file: its size in bytes, the SHA-256 of its N header bytes (padding included), its tensors."""
-
-    path: Path
-    size: int
-    header_sha256: str
-    data_start: int
-    metadata: dict[str, str] = field(repr=False)
-    tensors: dict[str, Tensor] = field(repr=False)
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,6 +35,25 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
+def open_shard(path: Path) -> tuple[BinaryIO, int]:
+    """Open a file of weights for reading; the file and its size in bytes. ``PruneAttnError`` where it is none."""
+    try:
+        info = path.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        what = "is a link to a file that is gone" if path.is_symlink() else "is missing"
+        raise PruneAttnError(f"{path}: {what}; download this file again") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise PruneAttnError(f"{path}: is not a regular file; a shard must be a file")
+    file = open(path, "rb")  # noqa: SIM115, the caller closes it
+    if file.read(8) == b"version ":
+        file.close()
+        raise PruneAttnError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in that repository")
+    file.seek(0)
+    return file, os.fstat(file.fileno()).st_size
+
+
 def read_shard(path: Path) -> Shard:
     """Read and check the header of one safetensors file.
 
@@ -80,21 +64,11 @@ def read_shard(path: Path) -> Shard:
     def bad(what: str, cure: str = "download this file again") -> PruneAttnError:
         return PruneAttnError(f"{path}: {what}; {cure}")
 
-    try:
-        info = path.stat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise
-        raise bad("is a link to a file that is gone" if path.is_symlink() else "is missing") from None
-    if not stat.S_ISREG(info.st_mode):
-        raise bad("is not a regular file", "a shard must be a file")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    file, size = open_shard(path)
+    with file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise bad(f"is no safetensors file: it is {size} bytes long")
-        if prefix == b"version ":
-            raise bad("is a Git LFS pointer, not the weights", "run `git lfs pull` in that repository")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
             raise bad(f"its header claims an absurd length of {length} bytes")
@@ -138,7 +112,7 @@ def read_shard(path: Path) -> Shard:
         raise bad(f"is truncated: it has {size} bytes and its header promises {position}")
     if position < size:
         raise bad(f"has {size - position} bytes that its header does not mention")
-    return Shard(path, size, hashlib.sha256(raw).hexdigest(), data_start, metadata, tensors)
+    return Shard(path, size, hashlib.sha256(raw).hexdigest(), tensors)
 
 
 def _one_line(error: Exception) -> str:

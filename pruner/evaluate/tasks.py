@@ -385,10 +385,12 @@ def _paired_stderr(a: list[float] | None, b: list[float] | None) -> float | None
 
 
 def _number(value: Any) -> float | int | None:
-    """A plain number, whole where it is one; ``None`` for anything else (the harness says "N/A")."""
+    """A finite number, whole where it is one; ``None`` for anything else: "N/A", and the error of one item."""
     try:
         value = float(value)
     except (TypeError, ValueError):
+        return None
+    if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() else value
 

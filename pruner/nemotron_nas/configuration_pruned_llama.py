@@ -11,11 +11,12 @@ _ROPE_PARAMETERS = hasattr(LlamaConfig, "rope_parameters")  # transformers 5; 4 
 class _Fields(dict):
     """A dict that is read by attribute as well: ``block.attention.no_op``. Being a dict, it serialises as it is."""
 
+    intermediate_size = None
+
     def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in self or (name == "ffn_mult" and self.intermediate_size):
+            raise AttributeError(name)
+        return self[name]
 
     @classmethod
     def of(cls, value):
@@ -53,6 +54,11 @@ class PrunedLlamaConfig(LlamaConfig):
         if len(block_configs) != self.num_hidden_layers:
             raise ValueError(f"block_configs has {len(block_configs)} entries for {self.num_hidden_layers} layers")
         self.block_configs = [_Fields.of(block) for block in block_configs]
+        for block in self.block_configs:
+            # vLLM rounds ffn_mult up to a multiple of 256, but where a block has no such attribute it takes
+            # intermediate_size as it is. What is written to config.json stays: other engines want ffn_mult.
+            if not block.ffn.no_op and self.intermediate_size % 256:
+                block.ffn.intermediate_size = self.intermediate_size
 
     def _write_rope(self, output):
         rope = dict((self.rope_parameters if _ROPE_PARAMETERS else self.rope_scaling) or {})

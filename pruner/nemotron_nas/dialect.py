@@ -42,10 +42,11 @@ def _block(decoder: Decoder, attention: bool, mlp: bool) -> dict[str, Any]:
 
 
 def engine_intermediate_size(decoder: Decoder) -> int:
-    """The MLP width that vLLM, llama.cpp and mlx-lm compute back from ``ffn_mult``.
+    """The MLP width that SGLang, mlx-lm and llama.cpp's converter compute back from ``ffn_mult``.
 
-    They round up to a multiple of 256, so a model whose ``intermediate_size`` is none loads in transformers and ONNX
-    Runtime only. Source: ``_ffn_mult_to_intermediate_size`` in vLLM's ``nemotron_nas.py``.
+    They round up to a multiple of 256, so a model whose ``intermediate_size`` is none does not load there. vLLM does so
+    too, but takes the ``intermediate_size`` that the shipped configuration offers instead. Source:
+    ``_ffn_mult_to_intermediate_size`` in vLLM's ``nemotron_nas.py``.
     """
     ffn_mult = _block(decoder, True, True)["ffn"]["ffn_mult"]
     return -(-int(2 * ffn_mult * decoder.hidden_size / 3) // 256) * 256

@@ -1,0 +1,75 @@
+"""``select``: a plan chosen and saved, and nothing converted."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pruner.errors import PruneAttnError
+from pruner.plan import FORMAT, PruningPlan
+from pruner.select import selection
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The plan, the file it lies in, and what making it took (see ``pruner.select.Selection``)."""
+
+    plan: PruningPlan
+    path: Path
+    cost: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"output": str(self.path), "plan": self.plan.to_json(), "cost": self.cost}
+
+
+def partial_path(output: Path) -> Path:
+    """Where an unfinished selection for ``output`` is kept: ``plan.partial.json`` beside ``plan.json``."""
+    return output.with_name(f"{output.stem if output.suffix == '.json' else output.name}.partial.json")
+
+
+def select(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] = "plan.json",
+    *,
+    overwrite: bool = False,
+    **options: Any,
+) -> Selected:
+    """Choose what to drop and save the plan as ``output``, whole or not at all; options as ``pruner.select.selection``.
+
+    ``overwrite`` replaces only a plan. What has been computed is kept beside ``output`` until the plan is there.
+    """
+    output = Path(output)
+    _check_output(output, overwrite)
+    partial = partial_path(output)
+    made = selection(source, partial=partial, **options)
+    staging = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        staging.write_text(json.dumps(made.plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _check_output(output, overwrite)
+        os.replace(staging, output)
+    finally:
+        staging.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
+    return Selected(made.plan, output, made.cost)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Refuse, before any work, what could not be written or must not be replaced."""
+    if not output.parent.is_dir():
+        raise PruneAttnError(f"{output}: {output.parent} is no directory; make it, or choose another place")
+    if not os.path.lexists(output):
+        return
+    if output.is_dir():
+        raise PruneAttnError(f"{output}: is a directory; give a file for the plan")
+    if not overwrite:
+        raise PruneAttnError(f"{output}: exists; choose another file, or add --overwrite")
+    try:
+        ours = json.loads(output.read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise PruneAttnError(f"{output}: is not a plan, so --overwrite will not replace it; choose another file")

@@ -1,0 +1,181 @@
+"""The small files that Meta's distribution lacks and Hugging Face's form has: tokenizer and generation config.
+
+``tokenizer.json`` is made from ``tokenizer.model`` (SentencePiece, byte-pair encoding with byte fallback) in the form
+that Llama 2's repositories on the Hub have. transformers 5 takes the vocabulary and the merges from it alone.
+Format: https://github.com/google/sentencepiece, ``sentencepiece_model.proto``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pruner.checkpoint.meta import TOKENIZER, tokenizer_file
+from pruner.errors import PruneAttnError
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of pieces
+_BPE = 2  # kind of model
+
+
+def meta_files(directory: Path) -> dict[str, bytes]:
+    """Name to bytes of what Hugging Face's form of the model in ``directory`` has beside config and weights.
+
+    Without a ``tokenizer.model`` there are no tokenizer files. Raises ``PruneAttnError`` for one that is damaged or
+    of another kind.
+    """
+    generation = {"bos_token_id": 1, "do_sample": True, "eos_token_id": 2, "temperature": 0.6, "top_p": 0.9}
+    files = {"generation_config.json": _dump(generation)}
+    path = tokenizer_file(directory)
+    if path is None:
+        return files
+    model = path.read_bytes()
+    try:
+        tokenizer, special = _tokenizer(model)
+    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise PruneAttnError(f"{path}: is no tokenizer of a Llama 2 ({error}); download it again") from None
+    unknown, beginning, end = special
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": beginning,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+        "legacy": False,
+        "model_max_length": 1000000000000000019884624838656,  # transformers' way to say that it does not know
+        "pad_token": None,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": unknown,
+    }
+    return files | {
+        TOKENIZER: model,
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": _dump(config),
+    }
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: bytes) -> tuple[bytes, tuple[str, ...]]:
+    """``tokenizer.json``, and the names of the tokens 0, 1 and 2: unknown, beginning, end."""
+    pieces, kind, normaliser = [], None, ""
+    for number, value in _fields(model):
+        if number == 1:
+            piece = {1: b"", 2: 0.0, 3: 1} | dict(_fields(value))
+            pieces.append((piece[1].decode("utf-8"), piece[2], piece[3]))
+        elif number == 2:
+            kind = dict(_fields(value)).get(3, 1)
+        elif number == 3:
+            normaliser = dict(_fields(value)).get(1, b"").decode("utf-8")
+    if kind != _BPE or normaliser != "identity":
+        raise ValueError(f"kind {kind}, normaliser {normaliser!r}; Llama's are {_BPE} and 'identity'")
+    if [kind for _, _, kind in pieces[:3]] != [_UNKNOWN, _CONTROL, _CONTROL]:
+        raise ValueError("its first three tokens are not the unknown one, beginning and end")
+    vocabulary = {text: i for i, (text, _, _) in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise ValueError("a token stands twice in it")
+    unknown, beginning, end = (text for text, _, _ in pieces[:3])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": text, **flags, "special": kind != _USER_DEFINED}
+        for i, (text, _, kind) in enumerate(pieces)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+
+    def template(sequences: str) -> list[dict[str, Any]]:
+        return [
+            item
+            for i, name in enumerate(sequences)
+            for item in ({"SpecialToken": {"id": beginning, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}})
+        ]
+
+    return _dump(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Prepend", "prepend": "▁"},
+                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                ],
+            },
+            "pre_tokenizer": None,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": template("A"),
+                "pair": template("AB"),
+                "special_tokens": {beginning: {"id": beginning, "ids": [1], "tokens": [beginning]}},
+            },
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": unknown,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": vocabulary,
+                "merges": _merges(pieces, vocabulary),
+            },
+        }
+    ), (unknown, beginning, end)
+
+
+def _merges(pieces: list[tuple[str, float, int]], vocabulary: dict[str, int]) -> list[list[str]]:
+    """Every pair of tokens that makes a token, best first: SentencePiece merges what makes the token of highest score.
+
+    Ties (one token from several pairs) in the order of transformers' ``generate_merges``.
+    """
+    pairs = []
+    for text, score, _ in pieces:
+        splits = [(text[:i], text[i:]) for i in range(1, len(text))]
+        known = [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
+        pairs += [(-score, -len(left), -len(right), left, right) for left, right in known]
+    return [[left, right] for *_, left, right in sorted(pairs, key=lambda pair: pair[:3])]
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of a protocol buffer message's fields. https://protobuf.dev/programming-guides/encoding/"""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while shift < 64:
+            byte = data[position]
+            value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
+            if byte < 128:
+                return value
+        raise ValueError("it is no protocol buffer")
+
+    while position < len(data):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or varint()
+        value = data[position : position + size]
+        position += size
+        if len(value) != size or kind not in (1, 2, 5):
+            raise ValueError("it is truncated or no protocol buffer")
+        yield number, struct.unpack("<f", value)[0] if kind == 5 else value

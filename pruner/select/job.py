@@ -1,0 +1,374 @@
+"""``select``: the order in which a model's sublayers would go, by any strategy. Imports nothing heavy by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruner.errors import PruneAttnError
+from pruner.select.exhaustive import check_few, exhaustive, layer_evaluations, subsets
+from pruner.select.positional import POSITIONAL
+from pruner.select.search import Found, expected_work, extend, order_of, search
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pruner.checkpoint import Checkpoint
+    from pruner.plan import PruningPlan
+    from pruner.text import Text
+
+CALIBRATED = ("similarity", "search", "exhaustive")
+OBJECTIVES = ("kl", "ce")
+SAMPLES, LENGTH = 32, 2048  # by the study in docs/selection.md
+SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
+PARTIAL = "prune-attn partial plan"
+
+Progress = Callable[[float, float, str], None]  # done, in all (estimated), what is known so far
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A plan, and what making it took: seconds, layer evaluations, tokens a second, peak memory (GPU, bytes)."""
+
+    plan: PruningPlan
+    cost: dict[str, Any]
+
+
+def select(source: str | os.PathLike[str] | Checkpoint, **options: Any) -> PruningPlan:
+    """The plan of ``selection``, which see for the options."""
+    return selection(source, **options).plan
+
+
+def selection(
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    drop: str | int,
+    sublayer: str = "attention",
+    strategy: str | None = None,
+    text: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    objective: str | None = None,
+    allow_first_layer: bool = False,
+    allow_all: bool = False,
+    partial: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Selection:
+    """Choose ``drop`` (a count, or a percentage of the original's) of ``sublayer``; the plan's order names them all.
+
+    ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
+    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed``
+    says where in its part of the text each window lies. ``partial`` is a file that keeps what has been computed; with
+    ``resume`` an interrupted run goes on from it to the same plan (remove it when the plan is safe). ``say`` gets lines
+    about what will be done and how long it takes. Raises ``PruneAttnError`` for bad input and ``MachineError``.
+    """
+    from pruner.checkpoint import Checkpoint, open_checkpoint
+    from pruner.plan import candidates_for, plan_drop
+
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    strategy = strategy or ("last" if text is None else "search")
+    allowed = {"allow_first_layer": allow_first_layer, "allow_all": allow_all}
+    if strategy in POSITIONAL:
+        return Selection(plan_drop(checkpoint, str(drop), sublayer, strategy, **allowed), {})
+    count, candidates = candidates_for(checkpoint, str(drop), sublayer, strategy, **allowed)
+    if text is None:
+        raise PruneAttnError(f"--strategy {strategy} chooses by what a text costs; give one with --text")
+    if strategy == "exhaustive":
+        check_few(len(candidates), count)
+    started = time.monotonic()
+    job = _Job(
+        checkpoint,
+        sublayer,
+        strategy,
+        objective or "kl",
+        device,
+        seed,
+        partial,
+        resume,
+        progress,
+        say or (lambda _: None),
+    )
+    job.prepare(text, samples, length)
+    if strategy == "similarity":
+        order, found = job.by_similarity(candidates), None
+    else:
+        found = job.by_loss(candidates, count)
+        order = order_of(found, count)
+    plan = job.plan(order, found, count, str(drop))
+    return Selection(plan, job.cost(time.monotonic() - started))
+
+
+class _Job:
+    """One selection by a calibration text."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sublayer: str,
+        strategy: str,
+        objective: str,
+        device: str,
+        seed: int,
+        partial: str | os.PathLike[str] | None,
+        resume: bool,
+        progress: Progress | None,
+        say: Callable[[str], None] | None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise PruneAttnError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        self.checkpoint, self.sublayer, self.strategy, self.objective = checkpoint, sublayer, strategy, objective
+        self.device, self.seed, self.progress = device, seed, progress
+        self.say = say or (lambda _: None)
+        self.partial, self.resume = None if partial is None else Path(partial), resume
+        self.status, self.total, self.expected, self.saved_at = "", 0.0, 0.0, time.monotonic()
+        self.check_partial()
+
+    def check_partial(self) -> None:
+        if self.partial is None:
+            if self.resume:
+                raise PruneAttnError("nothing to resume from; name the plan that the stopped run was making")
+            return
+        if self.partial.exists() and not self.resume:
+            raise PruneAttnError(
+                f"{self.partial}: a run that was stopped left this; go on from it with --resume, or remove it"
+            )
+
+    def prepare(self, path: str | os.PathLike[str], samples: int | None, length: int | None) -> None:
+        """Read the text and the partial plan, open the model, say what will be done, run the original."""
+        from pruner.select.evaluator import Evaluator
+        from pruner.text import load_tokenizer, read_text
+
+        if self.device.startswith("cuda"):
+            import torch
+
+            if not torch.cuda.is_available():
+                raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.text = read_text(path, load_tokenizer(self.checkpoint.path))
+        context = int(self.checkpoint.config.get("max_position_embeddings") or 2048)
+        self.samples, self.length = how_many(self.text, context, samples, length, self.say)
+        self.screen = min(self.samples, max(8, self.samples // SCREEN))
+        ids = windows(self.text.ids, self.samples, self.length, self.seed)
+        left = self.read_partial()
+        self.evaluator = evaluator = Evaluator(
+            self.checkpoint,
+            ids,
+            sublayer=self.sublayer,
+            objective=self.objective if self.strategy != "similarity" else "ce",
+            device=self.device,
+            breaks=(self.screen,),
+            batch=left.get("batch"),
+            advance=self.advance,
+        )
+        evaluator.known = {frozenset(dropped): rows for dropped, rows in left.get("known", [])}
+        room = evaluator.room
+        self.say(
+            f"{self.samples} samples of {self.length} tokens, {evaluator.dtype} on {self.device}, "
+            f"about {room.expected / 1e9:.1f} GB"
+            + ("" if room.resident else "; the model does not fit, so its layers are read one at a time")
+            + ("" if room.store == self.device else "; hidden states wait in CPU memory")
+        )
+        self.total = self.samples * self.checkpoint.decoder.num_layers
+        self.began = time.monotonic()
+        evaluator.losses([frozenset()])
+
+    def by_similarity(self, candidates: tuple[int, ...]) -> tuple[int, ...]:
+        """Least change first; of equal ones the deeper first."""
+        scores = self.evaluator.similarity
+        return tuple(sorted(candidates, key=lambda layer: (scores[layer], -layer)))
+
+    def by_loss(self, candidates: tuple[int, ...], count: int) -> Found:
+        """The best sets up to ``count``, and a greedy order beyond."""
+        layers, screen, samples = self.checkpoint.decoder.num_layers, self.screen, self.samples
+        shape = {"layers": layers, "samples": samples, "screen": screen, "confirm": CONFIRM}
+        done = self.evaluator.layer_samples
+        work = expected_work(len(candidates), count, 0, **shape)
+        if self.strategy == "exhaustive":
+            work = samples * layer_evaluations(list(subsets(candidates, count)), layers)
+            work += expected_work(len(candidates), -1, count, **shape)
+        self.expected = work * (time.monotonic() - self.began) / done
+        self.say(f"about {work / samples:,.0f} layer evaluations, which will take about {_duration(self.expected)}")
+        self.total = done + work
+
+        def losses(sets: Any, samples: int) -> np.ndarray:
+            return self.evaluator.losses(sets, samples, self.keep)
+
+        def step(size: int, found: Found) -> None:
+            _, dropped = found.sets[size]
+            self.status = f"{size} dropped: {_listed(dropped)}; perplexity {self.evaluator.perplexity(dropped):.2f}"
+            if self.strategy != "exhaustive":
+                self.total = self.evaluator.layer_samples + expected_work(len(candidates), count, size, **shape)
+            self.save()
+
+        if self.strategy == "exhaustive":
+            found = exhaustive(losses, candidates, count, samples)
+        else:
+            others = [self.by_similarity(candidates)]
+            found = search(
+                losses, candidates, count, samples=samples, screen=screen, confirm=CONFIRM, others=others, step=step
+            )
+            self.save()
+        extend(losses, candidates, found, screen, step)
+        return found
+
+    # -- the plan --------------------------------------------------------------------------------------------------
+
+    def plan(self, order: tuple[int, ...], found: Found | None, count: int, requested: str) -> PruningPlan:
+        """The plan with everything that says how it came about; nothing in it depends on how long it took."""
+        from pruner.plan import PruningPlan, only_present
+
+        evaluator = self.evaluator
+        facts: dict[str, Any] = {"objective": "similarity" if found is None else self.objective}
+        if found is None:
+            facts["scores"] = [evaluator.similarity[i] / self.samples for i in order]
+        else:
+            steps = [found.sets[size] for size in range(1, len(order) + 1)]
+            facts["scores"] = [loss for loss, _ in steps]
+            facts["perplexity"] = [evaluator.perplexity(dropped) for _, dropped in steps]
+            facts["confirmed"] = found.confirmed
+        facts["original_perplexity"] = evaluator.perplexity(frozenset())
+        facts["calibration"] = {
+            "text": self.text.path.name,
+            "sha256": self.text.sha256,
+            "bytes": self.text.bytes,
+            "tokens": len(self.text.ids),
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+            "dtype": evaluator.dtype,
+            "device": self.device,
+        }
+        sets = {} if found is None else {n: tuple(sorted(s)) for n, (_, s) in found.sets.items() if n}
+        sets = {n: dropped for n, dropped in sets.items() if set(dropped) != set(order[:n])}
+        made = PruningPlan.of(self.sublayer, self.strategy, order, count, requested)
+        made = replace(made, sets=sets or None, selection=facts, source=self.checkpoint.fingerprint())
+        return only_present(made, self.checkpoint.decoder)
+
+    def cost(self, seconds: float) -> dict[str, Any]:
+        """What it took in this run."""
+        done, layers = self.evaluator.layer_samples, self.checkpoint.decoder.num_layers
+        cost: dict[str, Any] = {
+            "seconds": seconds,
+            "layer_evaluations": done / self.samples,
+            "tokens_per_second": done * self.length / layers / seconds,
+            "expected_seconds": self.expected,
+        }
+        if self.device.startswith("cuda"):
+            import torch
+
+            cost["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return cost
+
+    # -- progress, and what is kept for --resume ---------------------------------------------------------------------
+
+    def advance(self, layer_samples: int) -> None:
+        if self.progress:
+            self.progress(self.evaluator.layer_samples, max(self.total, self.evaluator.layer_samples), self.status)
+
+    def keep(self) -> None:
+        if time.monotonic() - self.saved_at > 5:
+            self.save()
+
+    def key(self) -> dict[str, Any]:
+        """What the losses depend on."""
+        return {
+            "source": self.checkpoint.fingerprint(),
+            "sublayer": self.sublayer,
+            "objective": self.objective,
+            "text": self.text.sha256,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+            "device": self.device,
+            "screen": self.screen,
+        }
+
+    def save(self) -> None:
+        if self.partial is None:
+            return
+        self.saved_at = time.monotonic()
+        known = [[sorted(dropped), rows] for dropped, rows in self.evaluator.known.items()]
+        state = {"format": PARTIAL, "key": self.key(), "batch": self.evaluator.room.batch, "known": known}
+        staging = self.partial.with_name(f".{self.partial.name}.{os.getpid()}")
+        try:
+            staging.write_text(json.dumps(state))
+            os.replace(staging, self.partial)
+        finally:
+            staging.unlink(missing_ok=True)
+
+    def read_partial(self) -> dict[str, Any]:
+        if not self.resume or self.partial is None or not self.partial.exists():
+            return {}
+        try:
+            state = json.loads(self.partial.read_text())
+            key, _, _ = state["key"], state["batch"], state["known"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise PruneAttnError(f"{self.partial}: is not a partial plan; remove it and start again") from None
+        differs = [name for name, value in self.key().items() if key.get(name) != value]
+        if differs:
+            raise PruneAttnError(
+                f"{self.partial}: was made with another {differs[0]}; give the same options, or remove it"
+            )
+        return state
+
+
+def how_many(
+    text: Text, context: int, samples: int | None, length: int | None, say: Callable[[str], None]
+) -> tuple[int, int]:
+    """Samples and length: those asked for where the text has them, else the defaults, or as many as there are."""
+    have = len(text.ids)
+    if length is None:
+        length = min(LENGTH, max(context // 2, 2))
+    elif not 2 <= length <= context:
+        raise PruneAttnError(f"--length {length}: must be 2 to {context}, the model's context")
+    if samples is None:
+        samples = min(SAMPLES, have // length)
+        if 0 < samples < SAMPLES:
+            say(f"{text.path} has room for {samples} samples only; {SAMPLES} choose better")
+    elif samples < 1:
+        raise PruneAttnError(f"--samples {samples}: must be at least 1")
+    if samples * length > have or samples == 0:
+        raise PruneAttnError(
+            f"{text.path}: is too short: {max(samples, 1)} samples of {length} tokens were wanted, and it has {have:,} "
+            "tokens in all; give a longer text, or fewer --samples or a smaller --length"
+        )
+    return samples, length
+
+
+def windows(ids: np.ndarray, samples: int, length: int, seed: int) -> np.ndarray:
+    """(samples, length): one window at a random place in each of as many equal parts of the text, without overlap.
+
+    Their order is such that the first few, too, are spread over the whole text.
+    """
+    import numpy as np
+
+    room = len(ids) / samples
+    places = np.random.default_rng(seed).random(samples)
+    starts = [int(i * room + places[i] * (room - length)) for i in range(samples)]
+    stride = max(1, math.isqrt(samples))
+    spread = [i for first in range(stride) for i in range(first, samples, stride)]
+    return np.stack([ids[starts[i] : starts[i] + length] for i in spread])
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _listed(layers: Any) -> str:
+    return ", ".join(map(str, sorted(layers)))

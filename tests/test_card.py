@@ -1,0 +1,214 @@
+"""The model card: metadata that the Hub takes, what it says, its snippets run, and what a person wrote in it kept."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from conftest import SHIPPED
+from huggingface_hub import ModelCard
+
+from export import convert, export, verify
+from export.card import update_card
+from export.licence import licence_notes, llama_licence
+from pruner import PruneAttnError
+
+THEIRS = """---
+license: llama2
+license_link: LICENSE.txt
+language:
+- en
+- de
+tags: [facebook]
+extra_gated_heading: x
+---
+# Llama
+"""
+
+
+def snapshot(tmp_path: Path, repo_id: str = "meta-llama/Llama-2-5m-hf", card: str = THEIRS) -> Path:
+    """The shipped model as it would lie in the Hub's cache."""
+    directory = tmp_path / f"models--{repo_id.replace('/', '--')}" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(SHIPPED, directory)
+    (directory / "README.md").write_text(card)
+    return directory
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    convert(SHIPPED, tmp_path / "out", drop=4, dtype="float32")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``export.report.card`` by its signatures."""
+    module = types.ModuleType("export.report.card")
+    module.card_section = lambda results: f"| perplexity | {results['perplexity']} |\n"
+    row = dict(task_type="text-generation", task_name="Text Generation", dataset_type="text", dataset_name="Austen")
+    module.eval_results = lambda results: [
+        row | dict(metric_type="perplexity", metric_name="perplexity", metric_value=results["perplexity"])
+    ]
+    monkeypatch.setitem(sys.modules, "export.report", types.ModuleType("export.report"))
+    monkeypatch.setitem(sys.modules, "export.report.card", module)
+
+
+def test_metadata(tmp_path):
+    source = snapshot(tmp_path)
+    (source / "LICENSE.txt").write_text("LLAMA 2 COMMUNITY LICENSE AGREEMENT")
+    convert(source, tmp_path / "out", drop="33%")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert ModelCard(text).data.to_dict() == {
+        "base_model": "meta-llama/Llama-2-5m-hf",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "attention-pruning", "onnx"],
+        "license": "llama2",
+        "license_link": "LICENSE.txt",
+        "language": ["en", "de"],
+    }
+    for said in (
+        "████████░░░░", "8, 9, 10, 11", "`last` (33%)", "Not validated", "2407.15516", "long contexts",
+        "at commit `012345678901`", "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta",
+    ):  # fmt: skip
+        assert said in text
+    assert "licensed under the LLAMA 2" in (tmp_path / "out" / "NOTICE.txt").read_text()
+    assert verify(tmp_path / "out", source).ok
+    convert(source, tmp_path / "again", drop="33%")
+    assert (tmp_path / "again" / "README.md").read_text() == text
+    # pruned once more from where nothing tells of the Hub, it still derives from it
+    convert(tmp_path / "out", tmp_path / "twice", drop=1)
+    data = ModelCard((tmp_path / "twice" / "README.md").read_text()).data
+    assert data.base_model == "meta-llama/Llama-2-5m-hf"
+    assert data.license == "llama2"
+
+
+def test_what_went_before_and_where_nothing_goes(tmp_path):
+    convert(SHIPPED, tmp_path / "once", layers="9")
+    convert(tmp_path / "once", tmp_path / "twice", layers="5")
+    text = (tmp_path / "twice" / "README.md").read_text()
+    assert "█████░███░██" in text
+    assert "attention removed at layers: 5, 9" in text
+    export(SHIPPED, tmp_path / "exported")
+    text = (tmp_path / "exported" / "README.md").read_text()
+    assert "# gutenberg-llama-5m, laid out anew\n" in text
+    assert "removed at layers: none" in text
+    assert ModelCard(text).data.tags == ["onnx"]
+
+
+def test_without_anything_known(tmp_path, out):
+    data = ModelCard((out / "README.md").read_text()).data.to_dict()
+    assert set(data) == {"library_name", "pipeline_tag", "tags"}
+    for damaged in ("---\n: [\n---\n", "---\n- a\n---\n", "\xff", "---\nlicense: {a: b}\nlanguage: 5\n---\n", ""):
+        source = snapshot(tmp_path / str(abs(hash(damaged))), card=damaged)
+        convert(source, source / ".." / "out", drop=4, onnx=False)
+        data = ModelCard((source / ".." / "out" / "README.md").read_text()).data.to_dict()
+        assert set(data) == {"base_model", "library_name", "pipeline_tag", "tags"}
+        assert "onnx" not in data["tags"]
+        assert "ONNX" not in (source / ".." / "out" / "README.md").read_text()
+
+
+def test_what_does_not_load_it_is_not_recommended(tmp_path):
+    convert(SHIPPED, tmp_path / "out", layers="0,5", allow_first_layer=True)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "LLM(" not in text
+    assert "layer 0 has no attention" in text
+    convert(SHIPPED, tmp_path / "plain", drop=4)
+    text = (tmp_path / "plain" / "README.md").read_text()
+    assert "LLM(model_id, trust_remote_code=True)" in text
+    assert "convert_hf_to_gguf.py" in text
+    convert(SHIPPED, tmp_path / "blocks", drop=2, sublayer="block")
+    text = (tmp_path / "blocks" / "README.md").read_text()
+    assert "LLM(model_id)" in text
+    assert "trust_remote_code" not in text
+    assert "██████████··" in text
+
+
+@pytest.mark.parametrize("engine", ["transformers", "ONNX Runtime", "onnxruntime-genai"])
+def test_snippets_run(out, engine, capsys):
+    text = (out / "README.md").read_text()
+    code = re.search(f"### {engine}\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(code.replace("PATH", str(out)), {"__name__": "snippet"})
+    said = capsys.readouterr().out.strip()
+    from oracle import greedy, original
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    tokens = greedy(original(SHIPPED, [8, 9, 10, 11]), ids, 10)[0]
+    if engine == "ONNX Runtime":
+        assert said == tokenizer.decode(tokens[ids.shape[1]]).strip()
+    else:
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() in said
+
+
+def test_update(out, report):
+    before = (out / "README.md").read_text()
+    update_card(out, {"perplexity": 31.5})
+    card = ModelCard((out / "README.md").read_text())
+    assert "| perplexity | 31.5 |" in card.text
+    assert "Not validated" not in card.text
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_name) == (31.5, "Austen")
+    assert card.data.model_name == "gutenberg-llama-5m, pruned"
+    assert "model-index" in str(card)
+    update_card(out, {"perplexity": 30.25})  # again: in its place, not below
+    text = (out / "README.md").read_text()
+    assert text.count("| perplexity |") == 1
+    assert "30.25" in text
+    assert "31.5" not in text
+    outside = re.compile(r"---.*?---\n|<!-- results.*?end of results -->", re.DOTALL)
+    assert outside.sub("", text) == outside.sub("", before)
+    assert verify(out, SHIPPED).ok
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_a_persons_own_card_is_kept(out, report):
+    (out / "README.md").write_text("---\nlicense: mit\nwidget:\n- text: hi\n---\n\n# Mine\n\nMy words.\n")
+    update_card(out, {"perplexity": 31.5})
+    card = ModelCard((out / "README.md").read_text())
+    assert card.text.startswith("\n# Mine\n\nMy words.\n\n## Results\n")
+    assert card.data.license == "mit"
+    assert card.data.widget == [{"text": "hi"}]
+    assert card.data.model_name == "Mine"
+    (out / "README.md").write_text("---\nmodel-index: 5\nlicense: [\n---\n")
+    with pytest.raises(PruneAttnError, match=r"README\.md: its metadata"):
+        update_card(out, {"perplexity": 31.5})
+    (out / "README.md").unlink()
+    with pytest.raises(PruneAttnError, match=r"README\.md: is missing"):
+        update_card(out, {"perplexity": 31.5})
+
+
+@pytest.mark.parametrize(
+    ("card", "family"),
+    [
+        ({"license": "llama2"}, "Llama 2"),
+        ({"license": "llama3"}, "Llama 3"),
+        ({"license": "llama3.1"}, "Llama 3.1"),
+        ({"license": "other", "license_name": "llama-3.2"}, "Llama 3.2"),
+        ({"license": "apache-2.0"}, None),
+        ({}, None),
+    ],
+)
+def test_licence_by_its_name(tmp_path, card, family):
+    found = llama_licence(tmp_path, card)
+    assert (found and found.family) == family
+
+
+def test_licence_by_its_text_and_what_it_asks(tmp_path):
+    assert licence_notes(None, tmp_path, "a/b") == []
+    (tmp_path / "LICENSE.txt").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n...")
+    licence = llama_licence(tmp_path, {})
+    assert licence.key == "llama3.1"
+    assert licence_notes(licence, tmp_path, "me/Llama-3.1-8B-attn") == []
+    assert 'must begin with "Llama"' in licence_notes(licence, tmp_path, "me/my-llama")[0]
+    (tmp_path / "LICENSE.txt").unlink()
+    assert "copy of itself" in licence_notes(licence, tmp_path)[0]
+    two = llama_licence(tmp_path, {"license": "llama2"})
+    (tmp_path / "LICENSE").write_text("x")
+    for name, fine in (("llama-2-7b-attn33", 1), ("Llama2-x", 1), ("my-Llama_2", 1), ("pruned", 0), ("llama-20", 0)):
+        assert (licence_notes(two, tmp_path, f"me/{name}") == []) == fine

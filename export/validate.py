@@ -24,8 +24,8 @@ from export.report.gates import Limits, check
 from export.report.graphs import Graphs
 from export.report.parts import FOLDER, Parts
 from pruner import __version__
-from pruner.checkpoint import Checkpoint
-from pruner.checkpoint.hub import open_source
+from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.hub import fetch
 from pruner.errors import MachineError, PruneAttnError
 from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
@@ -98,8 +98,8 @@ def validate(
     if progress is None:
         progress = _silent
     run = _Run(
-        open_source(original),
-        open_source(pruned),
+        open_checkpoint(fetch(original)),
+        open_checkpoint(fetch(pruned, runtime=True)),
         options={
             "backend": backend, "device": device, "dtype": dtype, "tasks": tasks, "limit": limit, "only": only,
             "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens, "batch": batch, "prompt": prompt,

@@ -132,15 +132,33 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
 @click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@click.option("--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards.")
+@click.option("--validation-text", type=_PATH, help="What to measure on, where --text is what to choose by.")
 @click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
 @_REVISION
 @_CACHE
 @click.option("--push", metavar="OWNER/NAME", help="Then push OUTPUT to this Hub repository.")
 @_JSON
-def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
+def convert(
+    source: str, output: str, as_json: bool, then_validate: bool, validation_text: str | None, **options: Any
+) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
 
+    if then_validate:
+        if as_json or options["dry_run"]:
+            raise PruneAttnError(
+                "--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards"
+            )
+        chosen_by_text = options["strategy"] not in (None, "last", "keep-last")
+        if not chosen_by_text and validation_text is None:  # what is measured on must not be what was chosen by
+            validation_text, options["text"] = options["text"], None
+        if validation_text is not None:
+            from pruner.text import read_utf8
+
+            read_utf8(validation_text)  # known before hours of work
+    elif validation_text is not None:
+        raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
     with _choosing(options["text"]) as (choosing, say), _progress("writing") as progress:
         result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
     if as_json:
@@ -174,6 +192,8 @@ def convert(source: str, output: str, as_json: bool, **options: Any) -> None:
     _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
     for pushed in result.pushed:
         _print_push(pushed)
+    if then_validate:
+        _validate(str(result.source), output, False, {"text": validation_text})
 
 
 @cli.command()

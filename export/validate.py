@@ -25,6 +25,7 @@ from export.report.graphs import Graphs
 from export.report.parts import FOLDER, Parts
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.hub import fetch
 from pruner.errors import MachineError, PruneAttnError
 from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
@@ -97,8 +98,8 @@ def validate(
     if progress is None:
         progress = _silent
     run = _Run(
-        open_checkpoint(original),
-        open_checkpoint(pruned),
+        open_checkpoint(fetch(original)),
+        open_checkpoint(fetch(pruned, runtime=True)),
         options={
             "backend": backend, "device": device, "dtype": dtype, "tasks": tasks, "limit": limit, "only": only,
             "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens, "batch": batch, "prompt": prompt,
@@ -389,7 +390,8 @@ class _Run:
         try:
             context = max(p for _, p in self.cases) + self.options["new_tokens"] if self.cases else 1
             if purpose == "score":
-                context = self.context if self.tasks else max(context, self.window if self.text else 1, _CHECKED[1])
+                read = max(self.window, _GREEDY_PROMPT_TOKENS + _GREEDY_NEW_TOKENS) if self.text else _CHECKED[1]
+                context = self.context if self.tasks else max(context, read)
             return open_model(
                 backend, self._directory(backend, name, purpose), self.device, self.dtypes[backend],
                 min(context, self.context),

@@ -54,6 +54,14 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
 
 def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Text:
     """Read and tokenize a UTF-8 text file. Raises ``PruneAttnError`` for one that is missing, empty or not text."""
+    data, text = read_utf8(path)
+    # verbose=False: that a book is longer than the context is no news
+    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    return Text(Path(path), hashlib.sha256(data).hexdigest(), len(data), ids)
+
+
+def read_utf8(path: str | os.PathLike[str]) -> tuple[bytes, str]:
+    """A text file's bytes and text. Raises as ``read_text``."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -66,6 +74,4 @@ def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) 
         raise PruneAttnError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if not text.strip():
         raise PruneAttnError(f"{path}: is empty; give a text file with something in it")
-    # verbose=False: that a book is longer than the context is no news
-    ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    return Text(path, hashlib.sha256(data).hexdigest(), len(data), ids)
+    return data, text

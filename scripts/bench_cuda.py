@@ -34,14 +34,6 @@ CONTEXT = 4096
 # -- one measurement, in a process of its own --------------------------------------------------------------------------
 
 
-def gpu_bytes() -> int:
-    """Bytes in use on the device; the machine is taken to be idle otherwise."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
-
 def spread(times: list[float]) -> dict[str, float]:
     import numpy as np
 
@@ -53,6 +45,8 @@ def measure(open_model: Callable[[], Any], prompts: list[int], prefills: int = 4
     """Load, prefill and decode of a ``LanguageModel``, with the KV history that the prefill left."""
     import numpy as np
     import torch
+
+    from pruner.evaluate.latency import gpu_bytes
 
     torch.cuda.init()
     before, start = gpu_bytes(), time.perf_counter()
@@ -139,57 +133,20 @@ def run_builder(directory: str, like: str, prompts: list[int], cuda_graph: bool)
 
 def run_torch(directory: str, prompts: list[int], compiled: bool) -> dict[str, Any]:
     """transformers with sdpa: its growing cache, or a static one with the decode step compiled (CUDA graphs)."""
-    import torch
-    from transformers import StaticCache
-
+    from pruner.evaluate.compiled import CompiledLanguageModel
     from pruner.model import TorchLanguageModel
 
-    class Compiled(TorchLanguageModel):
-        def __init__(self) -> None:
-            super().__init__(directory, device="cuda")
-            self._static = StaticCache(config=self.model.config, max_cache_len=CONTEXT)
-            self._step = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True)
-
-        @torch.no_grad()  # not inference_mode, whose tensors the static cache could not write to
-        def reset(self) -> None:
-            self._at = 0
-            if hasattr(self, "_static"):
-                self._static.reset()
-
-        @torch.no_grad()
-        def _run(self, forward: Callable[..., Any], tokens: Any) -> Any:
-            ids = torch.tensor(tokens, device="cuda")
-            positions = torch.arange(self._at, self._at + ids.shape[1], device="cuda")[None]
-            self._at += ids.shape[1]
-            out = forward(
-                input_ids=ids, position_ids=positions, past_key_values=self._static, use_cache=True, logits_to_keep=1
-            )
-            return out.logits[:, -1].float().cpu().numpy()
-
-        def prefill(self, prompts: Any) -> Any:
-            return self._run(self.model.forward, prompts)
-
-        def decode(self, tokens: Any) -> Any:
-            return self._run(self._step, [[token] for token in tokens])
-
-    return measure(Compiled if compiled else lambda: TorchLanguageModel(directory, device="cuda"), prompts)
+    if compiled:
+        return measure(lambda: CompiledLanguageModel(directory, device="cuda", context=CONTEXT), prompts)
+    return measure(lambda: TorchLanguageModel(directory, device="cuda"), prompts)
 
 
 def run_bandwidth() -> dict[str, Any]:
-    """Bytes read and written a second by a device-to-device copy of 8 GB."""
     import torch
 
-    source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    rates = []
-    for _ in range(12):
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        rates.append(2 * source.numel() / (start.elapsed_time(end) / 1e3))
-    return {"bytes_per_s": sorted(rates[2:])[len(rates[2:]) // 2], "device": torch.cuda.get_device_name(0)}
+    from pruner.evaluate.latency import copy_bandwidth
+
+    return {"bytes_per_s": copy_bandwidth(), "device": torch.cuda.get_device_name(0)}
 
 
 def run_correct(dtype: str, directory: str) -> dict[str, Any]:

@@ -207,6 +207,8 @@ def convert(
 @click.option("--overwrite", is_flag=True, help="Replace the plan that lies there.")
 @click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@_REVISION
+@_CACHE
 @_JSON
 def select(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""

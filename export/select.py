@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.plan import FORMAT, PruningPlan
 from pruner.select import selection
@@ -36,15 +37,19 @@ def select(
     output: str | os.PathLike[str] = "plan.json",
     *,
     overwrite: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Selected:
     """Choose what to drop and save the plan as ``output``, whole or not at all; options as ``pruner.select.selection``.
 
+    ``source`` is a directory, or a Hub id (at ``revision``, through ``cache_dir``) that is fetched first.
     ``overwrite`` replaces only a plan. What has been computed is kept beside ``output`` until the plan is there.
     """
     output = Path(output)
     _check_output(output, overwrite)
     partial = partial_path(output)
+    source = fetch(source, revision=revision, cache_dir=cache_dir)
     made = selection(source, partial=partial, **options)
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     try:

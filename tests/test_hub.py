@@ -159,6 +159,14 @@ def test_push_that_is_killed_goes_on(hub, run, environment, tmp_path):
     assert len(repo.commits) == 2
 
 
+def test_select(hub, run, tmp_path):
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    words = ("--text", "text.txt", "--strategy", "similarity", "--samples", "2", "--length", "64", "-o", "plan.json")
+    run("select", "own/llama-2-5m", "--drop", "3", *words)
+    run("convert", "own/llama-2-5m", "out", "--plan", "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["source"]["hub"]["repo_id"] == "own/llama-2-5m"
+
+
 def test_convert_and_push(hub, run, tmp_path):
     done = run("convert", "own/llama-2-5m", "out", "--drop", "4", "--push", "user/other")
     assert "pushed: " in done.stdout

@@ -111,6 +111,15 @@ def test_logits_prefill_and_64_steps(session, oracle, ids):
     assert difference(session, oracle, [ids], steps=64) < LIMIT
 
 
+def test_what_was_returned_stays(session, ids):
+    session.reset()
+    session.prefill([ids])
+    first = session.decode([7])
+    kept = first.copy()
+    session.decode([8])
+    assert np.array_equal(first, kept)
+
+
 def test_batch_of_unequal_prompts(session, oracle, ids):
     assert difference(session, oracle, [ids, ids[:3], ids[4:11]], steps=64) < LIMIT
 

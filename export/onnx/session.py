@@ -124,7 +124,8 @@ class OnnxSession:
         self._mask_value.update_inplace(self._mask)
         self._session.run_with_iobinding(self._step, self._run_options(self._graph_id))
         self._lengths = self._lengths + 1
-        return self._logits_value.numpy()[:, 0]
+        logits = self._logits_value.numpy()[:, 0]
+        return logits.copy() if self.device == "cpu" else logits  # there it is the buffer of the next step too
 
     def reset(self) -> None:
         self._lengths: np.ndarray | None = None  # tokens in the cache, a row

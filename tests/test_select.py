@@ -159,7 +159,9 @@ def test_the_plan_serves_every_fraction_and_is_the_same_again(searched, tmp_path
     for n in (1, 3, 8):
         made = convert(SHIPPED, tmp_path / "out", plan=tmp_path / "plan.json", drop=n, dry_run=True).plan
         assert len(made.attention) == n
-    assert convert(SHIPPED, tmp_path / "out", drop=4, dry_run=True, **SMALL).plan == searched
+    # into folders that are not there yet; of what was computed nothing stays
+    assert convert(SHIPPED, tmp_path / "new" / "folders" / "out", drop=4, **SMALL).plan == searched
+    assert [path.name for path in (tmp_path / "new" / "folders").iterdir()] == ["out"]
     with pytest.raises(PruneAttnError, match="exists"):
         save_selection(SHIPPED, tmp_path / "plan.json", drop=4)
 

@@ -302,6 +302,7 @@ class _Job:
         known = [[sorted(dropped), rows] for dropped, rows in self.evaluator.known.items()]
         state = {"format": PARTIAL, "key": self.key(), "batch": self.evaluator.room.batch, "known": known}
         staging = self.partial.with_name(f".{self.partial.name}.{os.getpid()}")
+        self.partial.parent.mkdir(parents=True, exist_ok=True)  # convert makes OUTPUT's folders only when it writes
         try:
             staging.write_text(json.dumps(state))
             os.replace(staging, self.partial)

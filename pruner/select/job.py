@@ -67,8 +67,8 @@ def selection(
     """Choose ``drop`` (a count, or a percentage of the original's) of ``sublayer``; the plan's order names them all.
 
     ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
-    The last two minimise ``objective``: kl (default: on unseen text it chose better than ce at every number of
-    calibration tokens, 1.4% above the best set at 2,048 tokens against 1.7%: docs/selection.md), or ce.
+    The last two minimise ``objective``: kl (default: on unseen text it chose better than ce with up to 2,048
+    calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/selection.md), or ce.
     The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed``
     says where in its part of the text each window lies. ``partial`` is a file that keeps what has been computed; with
     ``resume`` an interrupted run goes on from it to the same plan (remove it when the plan is safe). ``say`` gets lines

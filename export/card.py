@@ -23,7 +23,8 @@ _MODEL_ID = re.compile(r'^model_id = "[^"\n]*"', re.MULTILINE)
 _NOT_VALIDATED = "Not validated: accuracy and latency were not measured by prune-attn."
 
 # How to load a model, by engine. PATH is the repository or its directory; TRUST is ", trust_remote_code=True" or
-# nothing. The first three are run by tests/test_card.py, the other two by scripts/compat.
+# nothing. The first three are run by tests/test_card.py, the other two by scripts/compat (which has no llama.cpp
+# program and no Hub: it calls llama.cpp's library with these options, and copies).
 SNIPPETS = {
     "transformers": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,14 +78,15 @@ print(tokenizer.decode(int(logits[0, -1].argmax())))
 from vllm import LLM, SamplingParams
 
 model_id = "PATH"
-llm = LLM(model_idTRUST)
-print(llm.generate(["Once upon a time"], SamplingParams(max_tokens=40, temperature=0))[0].outputs[0].text)
+if __name__ == "__main__":  # vLLM starts processes that import this file
+    llm = LLM(model_idTRUST)
+    print(llm.generate(["Once upon a time"], SamplingParams(max_tokens=40, temperature=0))[0].outputs[0].text)
 ```""",
     "llama.cpp": """```bash
-# a directory that is here already needs no download
+# a directory that is here already needs no download; prune-attn writes the file, with its gguf extra
 hf download PATH --local-dir model
-python convert_hf_to_gguf.py model --outfile model.gguf
-llama-cli -m model.gguf -p "Once upon a time" -n 40
+prune-attn export model --gguf model.gguf
+llama-completion -m model.gguf -p "Once upon a time" -n 40 -no-cnv
 ```""",
 }
 
@@ -110,12 +112,13 @@ def model_card(
     source: Path,
     *,
     onnx: bool,
+    without: set[str],
     engine_notes: list[str],
 ) -> bytes:
     """The card of a new output, UTF-8 bytes: the same input gives the same bytes.
 
-    ``plan`` is the record, ``source`` the directory that licence and language are carried from; ``engine_notes`` say
-    why vLLM, llama.cpp and mlx-lm will not load it (empty: they will).
+    ``plan`` is the record, ``source`` the directory that licence and language are carried from; ``without`` are
+    engines of ``SNIPPETS`` that do not load it, and ``engine_notes`` say why, and which others do not.
     """
     name, commit = plan["source"]["name"], plan["source"].get("hub", {}).get("commit")
     custom = config["model_type"] == MODEL_TYPE
@@ -171,7 +174,7 @@ The tensors that are left are the source's{f", converted to {plan['converted_to'
 
 ## Load it
 
-{_loading(custom, onnx, engine_notes)}
+{_loading(custom, without, engine_notes)}
 
 {code}
 
@@ -235,12 +238,10 @@ def _metadata(plan: dict[str, Any], theirs: dict[str, Any], licence: Licence | N
     ).to_yaml()
 
 
-def _loading(custom: bool, onnx: bool, engine_notes: list[str]) -> str:
+def _loading(custom: bool, without: set[str], engine_notes: list[str]) -> str:
     parts = ["`model_id` is this repository's id, or the path of its directory."]
     for engine, snippet in SNIPPETS.items():
-        if engine in ("onnxruntime-genai", "ONNX Runtime") and not onnx:
-            continue
-        if engine in ("vLLM", "llama.cpp") and engine_notes:
+        if engine in without:
             continue
         trust = ", trust_remote_code=True" if custom else ""
         parts.append(f"### {engine}\n\n{snippet.replace('TRUST', trust)}")

@@ -130,7 +130,7 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
-@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
 @click.option("--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards.")
 @click.option("--validation-text", type=_PATH, help="What to measure on, where --text is what to choose by.")
@@ -205,7 +205,7 @@ def convert(
 @_CHOOSING
 @click.option("-o", "--output", type=_PATH, default="plan.json", show_default=True, help="Where the plan goes.")
 @click.option("--overwrite", is_flag=True, help="Replace the plan that lies there.")
-@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM and llama.cpp break).")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
 @_REVISION
 @_CACHE
@@ -296,7 +296,7 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
         if as_json:
             _print_json(written)
         else:
-            click.echo(f"{gguf}: {_bytes(written['bytes'])}; next: llama-cli -m {shlex.quote(gguf)}")
+            click.echo(f"{gguf}: {_bytes(written['bytes'])}; next: llama-completion -m {shlex.quote(gguf)}")
         return
     from export.deliver import export
 

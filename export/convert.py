@@ -14,6 +14,7 @@ from export import record
 from export.card import model_card, read_card
 from export.companions import companions
 from export.deliver import RUNS_ON, runtime_files
+from export.gguf import why_no_gguf
 from export.hub import Push, check_can_push
 from export.hub import push as push_directory
 from export.licence import NOTICE, licence_notes, llama_licence
@@ -286,10 +287,15 @@ def _notes(result: Decoder, config: dict[str, Any]) -> list[str]:
         return notes
     if dialect.engine_intermediate_size(result) != result.intermediate_size:
         notes.append(
-            f"intermediate_size {result.intermediate_size} is no multiple of 256: mlx-lm, SGLang and llama.cpp's "
-            "own converter will not load this; transformers, vLLM, ONNX Runtime and export --gguf will"
+            f"intermediate_size {result.intermediate_size} is no multiple of 256: mlx-lm and llama.cpp's own converter "
+            "(and SGLang, by its source) will not load this; transformers, vLLM, ONNX Runtime and export --gguf will"
         )
-    if not result.attention[0]:
+    if not any(result.attention):
+        notes.append(
+            "no attention is left, hence no KV cache: vLLM, llama.cpp, mlx-lm and onnxruntime-genai 0.11 will not run "
+            "this; transformers, ONNX Runtime and onnxruntime-genai 0.18 will"
+        )
+    elif not result.attention[0]:
         notes.append(
             "layer 0 has no attention: vLLM and llama.cpp's own converter will not run this; "
             "transformers, ONNX Runtime and export --gguf will"
@@ -297,6 +303,16 @@ def _notes(result: Decoder, config: dict[str, Any]) -> list[str]:
     if any(a and not m for a, m in zip(result.attention, result.mlp, strict=True)):
         notes.append("attention without its MLP: llama.cpp's own converter gets this wrong; export --gguf does not")
     return notes
+
+
+def _does_not_load(output: Checkpoint, onnx: bool) -> set[str]:
+    """The engines of ``export.card.SNIPPETS`` with nothing to load, or that cannot, as ``scripts/compat`` finds."""
+    engines = set() if onnx else {"onnxruntime-genai", "ONNX Runtime"}
+    if not output.decoder.attention[0]:
+        engines.add("vLLM")
+    if why_no_gguf(output):
+        engines.add("llama.cpp")
+    return engines
 
 
 def _write(
@@ -337,6 +353,7 @@ def _write(
         conversion.after,
         checkpoint.path,
         onnx=bool(runtime),
+        without=_does_not_load(output, bool(runtime)),
         engine_notes=engine_notes,
     )
     written.append(write_file(directory / record.CARD, card))

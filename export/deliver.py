@@ -150,7 +150,7 @@ def _describe(checkpoint: Checkpoint, options: GraphOptions, notes: list[str]) -
     attention = len(checkpoint.decoder.present("attention"))
     own = [RUNS_ON[dtype]]
     if not attention:
-        own.append("no attention is left, hence no KV cache: onnxruntime-genai cannot run this; ONNX Runtime can")
+        own.append("no attention is left, hence no KV cache: onnxruntime-genai 0.11 crashes on this, 0.18 runs it")
     return Export(
         checkpoint.path,
         dtype,

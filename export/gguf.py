@@ -65,11 +65,9 @@ def write_gguf(
         raise PruneAttnError(f"{target}: exists already; choose another file, or add --overwrite")
     if not target.parent.is_dir():
         raise PruneAttnError(f"{target.parent}: no such directory; make it, or choose another file")
-    d = checkpoint.decoder
-    if not any(d.attention):
-        raise PruneAttnError(f"{checkpoint.path}: no attention is left, and llama.cpp wants a KV cache; keep one")
-    if d.head_dim * d.num_heads != d.hidden_size or d.attention_bias or d.mlp_bias:
-        raise PruneAttnError(f"{checkpoint.path}: has biases or a head_dim of its own, which llama.cpp's deci lacks")
+    why = why_no_gguf(checkpoint)
+    if why:
+        raise PruneAttnError(why)
     temporary = target.with_name(f".{target.name}.prune-attn-new-{secrets.token_hex(6)}")
     writer = gguf.GGUFWriter(temporary, "deci")
     _describe(writer, checkpoint)
@@ -96,6 +94,19 @@ def write_gguf(
     finally:
         temporary.unlink(missing_ok=True)
     return {"path": str(target), "bytes": target.stat().st_size, "tensors": len(tensors)}
+
+
+def why_no_gguf(checkpoint: Checkpoint) -> str | None:
+    """What llama.cpp's ``deci``, or this writer, cannot express of a model; None where it can."""
+    d = checkpoint.decoder
+    if not any(d.attention):
+        return f"{checkpoint.path}: no attention is left, and llama.cpp wants a KV cache; keep one"
+    if d.head_dim * d.num_heads != d.hidden_size or d.attention_bias or d.mlp_bias:
+        return f"{checkpoint.path}: has biases or a head_dim of its own, which llama.cpp's deci lacks"
+    tokenizer = checkpoint.path / "tokenizer.model"
+    if not tokenizer.is_file():
+        return f"{tokenizer}: is missing; a GGUF is written for Llama-2's SentencePiece tokenizer only"
+    return None
 
 
 def _widths(d: Decoder) -> tuple[list[int], list[int], list[int]]:
@@ -186,7 +197,7 @@ def _vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
         raise PruneAttnError(
-            f"{path}: is missing or no SentencePiece model; a GGUF is written for Llama-2's tokenizer only"
+            f"{path}: is no SentencePiece model; a GGUF is written for Llama-2's tokenizer only"
         ) from None
     tokens, scores, types = [f"[PAD{i}]" for i in range(size)], [-10000.0] * size, [_UNUSED] * size
     for i in range(min(size, pieces.vocab_size())):

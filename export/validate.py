@@ -119,7 +119,7 @@ def brief() -> dict[str, Any]:
     """The options of ``convert --validate``: on a CPU a few minutes' worth for a small model, else the defaults."""
     if _device("auto") == "cuda":
         return {}
-    return {"max_tokens": 16_384, "batch": "1", "new_tokens": 32, "repeats": 8, "seconds": 5}
+    return {"max_tokens": 4096, "batch": "1", "new_tokens": 16, "repeats": 5, "seconds": 3}
 
 
 def _silent(label: str, done: int, total: int) -> None:

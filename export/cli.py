@@ -132,7 +132,9 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
 @click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
-@click.option("--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards.")
+@click.option(
+    "--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards (briefly on a CPU)."
+)
 @click.option("--validation-text", type=_PATH, help="What to measure on, where --text is what to choose by.")
 @click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
 @_REVISION
@@ -193,7 +195,9 @@ def convert(
     for pushed in result.pushed:
         _print_push(pushed)
     if then_validate:
-        _validate(str(result.source), output, False, {"text": validation_text})
+        from export.validate import brief
+
+        _validate(str(result.source), output, False, {"text": validation_text, **brief()})
 
 
 @cli.command()

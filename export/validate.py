@@ -115,6 +115,13 @@ def validate(
     return run.finish()
 
 
+def brief() -> dict[str, Any]:
+    """The options of ``convert --validate``: on a CPU a few minutes' worth for a small model, else the defaults."""
+    if _device("auto") == "cuda":
+        return {}
+    return {"max_tokens": 4096, "batch": "1", "new_tokens": 16, "repeats": 5, "seconds": 3}
+
+
 def _silent(label: str, done: int, total: int) -> None:
     pass
 
@@ -480,7 +487,8 @@ class _Run:
                             f"{self.device} has no memory for a window of {self.window} tokens; give a smaller --window"
                         ) from None
                     batch //= 2
-            return agreement.summary(result, self.scored_bytes, self.seed)
+            share = result.original.tokens / len(self.scored_ids)  # under 1 where windows do not overlap
+            return agreement.summary(result, round(self.scored_bytes * share), self.seed)
 
         def greedy() -> dict[str, Any]:
             models = self._models(backend)
@@ -615,8 +623,11 @@ class _Run:
             )  # fmt: skip
             self.close()
         compared = compare_tasks(out["original"], out["pruned"])
-        for facts in out.values():
-            for entry in facts["tasks"].values():
+        for name, facts in out.items():
+            for task, entry in facts["tasks"].items():
+                for note in entry.get("notes", ()):  # truncated requests, a smaller batch
+                    if (line := f"{task}, {backend}, {name}: {note}") not in self.notes:
+                        self.notes.append(line)
                 entry.pop("items", None)  # compared above, and long
         return {**out, "compared": compared, "average_ratio": (compared["average"] or {}).get("ratio")}
 

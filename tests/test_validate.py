@@ -177,6 +177,54 @@ def test_the_card(pair):
     )
 
 
+def test_a_limit_without_a_value_is_broken(pair):
+    from export.report.gates import Limits, check
+
+    results = pair[2].results | {"tasks": {"torch": {"average_ratio": None}}}
+    (gate,) = check(Limits(min_task_average_ratio=0.9), results)
+    assert not gate["ok"]
+    jsonschema.validate(results | {"tasks": {}, "gates": [gate]}, SCHEMA)
+    results["tasks"]["torch"]["average_ratio"] = 0.0
+    (gate,) = check(Limits(min_task_average_ratio=0.9), results)
+    assert (gate["ok"], gate["measured"]) == (False, 0.0)
+
+
+def test_an_original_that_is_not_finite_is_named():
+    from export.report.same import compare_torch
+
+    class Model:
+        vocab_size = 3
+
+        def __init__(self, value):
+            self.value = value
+
+        def reset(self): ...
+
+        def switch_off(self, *_): ...
+
+        def logits(self, ids):
+            return np.full((*ids.shape, 3), self.value, np.float32)
+
+        def prefill(self, rows):
+            return np.full((len(rows), 3), self.value, np.float32)
+
+        def decode(self, tokens):
+            return self.prefill(tokens)
+
+    ids = np.zeros((2, 16), dtype=np.int64)
+    with pytest.raises(PruneAttnError, match=r"original.s logits.*not finite in float16"):
+        compare_torch(Model(np.inf), Model(1), ids, [0], [], "float16")
+    facts = compare_torch(Model(1), Model(np.inf), ids, [0], [], "float16")
+    assert not facts["ok"]
+    json.dumps(facts, allow_nan=False)
+
+
+def test_draws_with_nothing_to_count_are_left_out():
+    has = np.array([1, 0, 0])
+    found = bootstrap.estimate(lambda c: c @ (2.0 * has) / np.where(c @ has, c @ has, np.nan), 3)
+    assert found == {"value": 2.0, "low": 2.0, "high": 2.0}
+
+
 def test_bootstrap_covers():
     rng = np.random.default_rng(0)
     inside = 0

@@ -12,7 +12,11 @@ RUNNERS = {
     "onnx": "ONNX Runtime",
 }
 _BACKENDS = {"torch": "PyTorch", "onnx": "ONNX Runtime"}
+_SHORT_SHOWN = {"faster": "", "slower": "slower", "no speed-up shown": "none shown"}
 _SHORT = {"torch": "PyTorch", "torch-compiled": "compiled", "onnx": "ONNX Runtime"}
+
+
+_DIGITS = 16  # of a hash
 
 
 @dataclass
@@ -121,7 +125,8 @@ def _glance(results: dict[str, Any]) -> Iterator[Section]:
 def _gates(results: dict[str, Any]) -> Iterator[Section]:
     if results["gates"]:
         rows = [
-            [f"{g['name'].replace('_', ' ')}, {g['backend']}", f"{g['measured']:.4f}", f"{g['limit']:.4f}",
+            [f"{g['name'].replace('_', ' ')}, {g['backend']}",
+             "none" if g["measured"] is None else f"{g['measured']:.4f}", f"{g['limit']:.4f}",
              "kept" if g["ok"] else "BROKEN"]
             for g in results["gates"]
         ]  # fmt: skip
@@ -287,7 +292,7 @@ def _latency(results: dict[str, Any]) -> Iterator[Section]:
             s = case["speedup"]
             rows.append(
                 ["", "speed-up", *(interval(s[key]) for key in ("prefill", "first_token", "decode")), "", ""]
-                + [interval(s["end_to_end"])] + [""] * floor + [_shown(case, "decode").replace("faster", "")]
+                + [interval(s["end_to_end"])] + [""] * floor + [_SHORT_SHOWN[_shown(case, "decode")]]
             )  # fmt: skip
         tables.append(Table(head, rows, f"{RUNNERS[backend]}, {_dtype(results, backend)}"))
     rows = []
@@ -329,16 +334,20 @@ def _about(results: dict[str, Any]) -> Iterator[Section]:
         ["prune-attn", tool["version"] + (f", commit {tool['commit']}" if tool["commit"] else "")],
         ["measured", f"{results['created']}, {results['seconds']:.0f} s, seed {results['options']['seed']}"],
     ]
-    models = []
+    models = []  # whole hashes are in results.json
     for name in ("original", "pruned"):
         m = results["models"][name]
         hashes = m["weights_sha256"] or {k: v["header_sha256"] for k, v in m["shards"].items()}
         kind = "SHA-256" if m["weights_sha256"] else "header SHA-256"
-        models.append([name, m["name"], f"{m['parameters']:,}", "; ".join(f"{k} {v}" for k, v in hashes.items()), kind])
+        short = "; ".join(f"{k} {v[:_DIGITS]}" for k, v in hashes.items())
+        models.append([name, m["name"], f"{m['parameters']:,}", kind, short])
     yield Section(
         "What was measured, and where",
         results["notes"] and ["Notes: " + "; ".join(results["notes"]) + "."],
-        [Table(["", ""], rows, words=True), Table(["", "model", "parameters", "hashes", ""], models, words=True)],
+        [
+            Table(["", ""], rows, words=True),
+            Table(["", "model", "parameters", "hash", f"first {_DIGITS} digits"], models, words=True),
+        ],
     )
 
 

@@ -151,7 +151,7 @@ def decode(results: dict[str, Any]) -> Figure | None:
     if not found:
         return None
     batches = sorted({case["batch"] for facts in found.values() for case in facts["cases"]})
-    figure, axes = _figure(0.5 + 2.3 * len(batches), len(batches))
+    figure, axes = _figure(0.9 + 2.3 * len(batches), len(batches))
     styles = {"torch": ("-", "PyTorch"), "torch-compiled": (":", "compiled"), "onnx": ("--", "ONNX")}
     for ax, batch in zip(axes, batches, strict=True):
         for backend, facts in found.items():
@@ -165,7 +165,10 @@ def decode(results: dict[str, Any]) -> Figure | None:
                 ax.fill_between(x, middle, [s["p90"] for s in steps], color=colour, alpha=0.12, linewidth=0)
         ax.set_ylim(bottom=0)
         _label(ax, "prompt tokens before" if batch == batches[-1] else "", "ms a step", f"batch {batch}")
-    _legend(axes[0])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(found), frameon=False, fontsize=8, labelcolor=_TEXT
+    )  # above, where it covers no line
     return figure
 
 

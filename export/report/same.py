@@ -71,7 +71,13 @@ def compare_torch(
     """Logits of (B, T) ids, and of a cached continuation, against the original with the sublayers switched off."""
     original.switch_off(attention, mlp)
     try:
-        facts = _distance(_outputs(original, ids), _outputs(pruned, ids))
+        want = _outputs(original, ids)
+        if not all(np.isfinite(part).all() for part in want):
+            raise PruneAttnError(
+                f"the original's logits, with those sublayers switched off, are not finite in {dtype}; "
+                "give another --dtype"
+            )
+        facts = _distance(want, _outputs(pruned, ids))
     finally:
         original.switch_off()
     return _judge(facts, dtype)
@@ -100,7 +106,7 @@ def _outputs(model: LanguageModel, ids: np.ndarray, whole: bool = True) -> list[
 
 def _distance(want: list[np.ndarray], got: list[np.ndarray]) -> dict[str, Any]:
     a, b = np.concatenate(want), np.concatenate(got)
-    finite = bool(np.isfinite(b).all())
+    finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
     return {
         "positions": len(a),
         "equal": bool(np.array_equal(a, b)),

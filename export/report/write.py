@@ -116,7 +116,7 @@ def _compare_table(rows: list[dict[str, Any]]) -> content.Table:
                 f"{r['perplexity'][0]:.2f} to {r['perplexity'][1]:.2f}" if r["perplexity"] else "",
                 content.interval(r["increase"], "{:+.1%}", -1) if r["increase"] else "",
                 content.interval(r["agreement"], "{:.1%}") if r["agreement"] else "",
-                f"{r['task_ratio']:.3f}" if r["task_ratio"] else "",
+                f"{r['task_ratio']:.3f}" if r["task_ratio"] is not None else "",
                 content.interval(r["speedup"]) + (" ONNX" if r["backend"] == content.RUNNERS["onnx"] else " PyTorch")
                 if r["speedup"] else "",
                 f"{r['weights']:+.1%}",

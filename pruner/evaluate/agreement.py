@@ -160,7 +160,7 @@ def by_position(result: Comparison, seed: int = 0) -> list[dict[str, Any]]:
         ]
         size = np.bincount(result.window[here], minlength=units)
         ratio = bootstrap.estimate(
-            lambda c, n=nll, s=size: np.exp(c @ (n[1] - n[0]) / np.maximum(c @ s, 1)), units, seed
+            lambda c, n=nll, s=size: np.exp(c @ (n[1] - n[0]) / np.where(c @ s, c @ s, np.nan)), units, seed
         )
         rows.append(
             {

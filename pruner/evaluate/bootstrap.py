@@ -22,11 +22,11 @@ def estimate(
     """``{"value", "low", "high"}`` of a statistic of ``units`` units.
 
     ``statistic`` takes how often each unit is drawn, (R, units) whole numbers, and gives R values; the value itself is
-    the one with every unit drawn once.
+    the one with every unit drawn once. A draw that it gives NaN for (nothing to count) is left out.
     """
     value = float(statistic(np.ones((1, units), dtype=np.int64))[0])
     counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples or RESAMPLES)
-    low, high = np.quantile(statistic(counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(statistic(counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"value": value, "low": float(low), "high": float(high)}
 
 

@@ -336,13 +336,15 @@ llama-completion() { "$ENGINE_PYTHON" "$COMPLETION" "$@"; }
 
 
 def run_snippet(python: Path, code: str, language: str, request: dict[str, Any], log: Path) -> str:
-    """Run the card's lines in the scratch directory: "same" where what they print goes on as the original does.
+    """Run the card's lines below the scratch directory: "same" where what they print goes on as the original does.
 
     Of a shell's lines ``prune-attn`` is run as it is, the download is a copy, and llama.cpp's program, which no package
     has, is ``llama_completion.py``.
     """
     code = code.replace("PATH", request["directory"])
-    script = Path(request["scratch"], "snippet.py" if language == "python" else "snippet.sh")
+    directory = Path(request["scratch"], "card")  # of its own: the engine's program has left files
+    directory.mkdir()
+    script = directory / ("snippet.py" if language == "python" else "snippet.sh")
     script.write_text(code if language == "python" else f"set -eu\n{_STAND_INS}{code}")
     command = [python if language == "python" else "bash", script]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ | {
@@ -353,7 +355,7 @@ def run_snippet(python: Path, code: str, language: str, request: dict[str, Any],
         with open(log, "w") as errors:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False, timeout=900, env=environment,
-                cwd=request["scratch"],
+                cwd=directory,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "took more than 15 minutes"

@@ -14,7 +14,6 @@ from export import record
 from export.card import model_card, read_card
 from export.companions import companions
 from export.deliver import RUNS_ON, runtime_files
-from export.gguf import why_no_gguf
 from export.hub import Push, check_can_push
 from export.hub import push as push_directory
 from export.licence import NOTICE, licence_notes, llama_licence
@@ -310,6 +309,8 @@ def _does_not_load(output: Checkpoint, onnx: bool) -> set[str]:
     engines = set() if onnx else {"onnxruntime-genai", "ONNX Runtime"}
     if not output.decoder.attention[0]:
         engines.add("vLLM")
+    from export.gguf import why_no_gguf  # it brings numpy
+
     if why_no_gguf(output):
         engines.add("llama.cpp")
     return engines

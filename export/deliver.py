@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,15 +61,23 @@ def runtime_files(checkpoint: Checkpoint, facts: dict[str, Any] | None, options:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold signals back for the fraction of a second that this takes: onnx's native code crashes when interrupted."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Hold signals back for the fraction of a second that this takes: onnx's native code crashes when interrupted.
+
+    Not by a mask, which would hold for this thread alone: a signal that another thread takes is handled here too.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers never run here
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def export(

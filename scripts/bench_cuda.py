@@ -7,7 +7,8 @@ and without a CUDA graph, GPU memory, for the original and for the deepest third
 onnxruntime-genai model builder's graph of the original and transformers. The floor of a decode step is the bytes that
 it must read (every weight but the embedding table, and the KV cache) over the copy bandwidth measured in this run.
 Correctness, on the shipped trained model in fp16 and bf16: logits against PyTorch in fp32 on the CPU.
-Every measurement has a process, and so the GPU, to itself. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
+Every measurement has a process, and so the GPU, to itself; those without a CUDA graph, which the host's luck moves by
+a tenth, have several. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
 """
 
 from __future__ import annotations
@@ -100,10 +101,13 @@ def run_lengths(directory: str) -> dict[str, Any]:
     return out
 
 
-def run_builder(directory: str, like: str, prompts: list[int], cuda_graph: bool) -> dict[str, Any]:
+def run_builder(
+    directory: str, like: str, prompts: list[int], cuda_graph: bool, defaults: bool = False
+) -> dict[str, Any]:
     """The builder's graph in our session: the same runtime, binding and buffers; only the graph differs.
 
-    It gets the one node that ours ends with, which makes the logits float32, so that the host need not.
+    ``defaults``: without what our session sets on Hopper. The graph gets the one node that ours ends with, which makes
+    the logits float32, so that the host need not.
     """
     import onnx
 
@@ -124,6 +128,8 @@ def run_builder(directory: str, like: str, prompts: list[int], cuda_graph: bool)
             self.decoder = open_checkpoint(like).decoder
             self.vocab_size, self.max_length, self.last_token_logits = self.decoder.vocab_size, CONTEXT, True
             self.device, self.dtype, self._cuda_graph = "cuda", "float16", cuda_graph
+            if defaults:
+                ours._HOPPER = None
             self._session = ours._cuda_session(path, self.decoder, cuda_graph)
             self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
             self.reset()
@@ -252,6 +258,18 @@ def job(name: str, **arguments: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def jobs(times: int, name: str, **arguments: Any) -> dict[str, Any]:
+    """The process of the middle decode speed of several, with the range that they had."""
+    done = [job(name, **arguments) for _ in range(times)]
+    failed = [result for result in done if "failed" in result]
+    if failed:
+        return failed[0]
+    first = next(iter(done[0]["decode"]))
+    done.sort(key=lambda result: result["decode"][first]["ms"])
+    ends = [result["decode"][first]["ms"] for result in (done[0], done[-1])]
+    return {**done[len(done) // 2], "processes": times, "range_ms": ends}
+
+
 # -- the whole run -----------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +287,9 @@ def build_with_genai(source: Path, output: Path, work: Path) -> float:
 
 
 def bench(
-    shape: str, work: Path, prompts: list[int], without: set[str], bandwidth: float, keep: bool
-) -> dict[str, Any]:
+    shape: str, work: Path, results: dict[str, Any], without: set[str], keep: bool, save: Callable[[], None]
+) -> None:
+    """Add one shape's rows to ``results``, saved after each since all of them take minutes."""
     import synthetic
 
     from export.convert import convert
@@ -280,41 +299,47 @@ def bench(
     from pruner.summary import totals
 
     source, original, pruned, builder = (work / f"{shape}-{n}" for n in ("source", "original", "pruned", "builder"))
-    rows: list[dict[str, Any]] = []
+    prompts, times = results["prompts"], results["processes"]
+    count = parse_drop("33%", synthetic.SHAPES[shape][2]) if shape not in COUNTS else COUNTS[shape]
+    results["shapes"].append(run := {"shape": shape, "dropped": count, "rows": [], "lengths": {"failed": "not run"}})
 
     def add(model: str, runner: str, measured: dict[str, Any], directory: Path) -> None:
         checkpoint = open_checkpoint(directory)
         sizes = totals(checkpoint.decoder, checkpoint.tensors)
         weights = sizes["bytes"] - checkpoint.tensors["model.embed_tokens.weight"].nbytes
-        floors = {p: 1e3 * (weights + p * sizes["kv_cache_bytes_per_token"]) / bandwidth for p in prompts}
-        rows.append({"shape": shape, "model": model, "runner": runner, "floor_ms": floors, **measured})
+        floors = {
+            str(p): 1e3 * (weights + p * sizes["kv_cache_bytes_per_token"]) / results["bandwidth"] for p in prompts
+        }  # fmt: skip
+        run["rows"].append({"model": model, "runner": runner, "floor_ms": floors, **measured})
+        save()
 
     synthetic.make(source, shape)
-    if "torch" not in without:
-        add("original", "transformers", job("torch", directory=str(source), prompts=prompts, compiled=False), source)
-        compiled = job("torch", directory=str(source), prompts=prompts, compiled=True)
-        add("original", "transformers, compiled", compiled, source)
     if "builder" not in without:
         seconds = build_with_genai(source, builder, work)
-        for graph in (True, False):
-            measured = job("builder", directory=str(builder), like=str(source), prompts=prompts, cuda_graph=graph)
-            add("original", "genai builder" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, source)
+        arguments = {"directory": str(builder), "like": str(source), "prompts": prompts}
+        for runner, repeat, options in (
+            ("genai builder, CUDA graph, ONNX Runtime's defaults", 1, {"cuda_graph": True, "defaults": True}),
+            ("genai builder, CUDA graph", 1, {"cuda_graph": True}),
+            ("genai builder", times, {"cuda_graph": False}),
+        ):
+            add("original", runner, {**jobs(repeat, "builder", **arguments, **options), "export_s": seconds}, source)
         shutil.rmtree(builder)
     start = time.perf_counter()
     export(source, original, last_token_logits=True)
     seconds = time.perf_counter() - start
     shutil.rmtree(source)
-    count = parse_drop("33%", synthetic.SHAPES[shape][2]) if shape not in COUNTS else COUNTS[shape]
     convert(original, pruned, drop=count)
     export(pruned, last_token_logits=True)
     for graph in (True, False):
-        for model, directory in ((f"{count} dropped", pruned), ("original", original)):
-            measured = job("ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
+        for model, directory in (("original", original), (f"{count} dropped", pruned)):
+            measured = jobs(1 if graph else times, "ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
             add(model, "ours" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, directory)
-    lengths = job("lengths", directory=str(original))
+    run["lengths"] = job("lengths", directory=str(original))
+    for compiled in (False, True) if "torch" not in without else ():
+        measured = job("torch", directory=str(original), prompts=prompts, compiled=compiled)
+        add("original", "transformers" + ", compiled" * compiled, measured, original)
     for directory in () if keep else (original, pruned):
         shutil.rmtree(directory, ignore_errors=True)
-    return {"shape": shape, "dropped": count, "rows": rows, "lengths": lengths}
 
 
 COUNTS = {"7b": 10, "13b": 13}  # the paper's 33%, as whole numbers
@@ -336,10 +361,14 @@ def markdown(results: dict[str, Any]) -> str:
                 continue
             prefill = [f"{row['prefill'][str(p)]['ms']:.1f}" for p in prompts]
             decode = [
-                f"{row['decode'][str(p)]['ms']:.2f} ({row['decode'][str(p)]['ms'] / row['floor_ms'][p]:.2f})"
+                f"{row['decode'][str(p)]['ms']:.2f} ({row['decode'][str(p)]['ms'] / row['floor_ms'][str(p)]:.2f})"
                 for p in prompts
             ]
-            cells = [row["model"], row["runner"], f"{row['load_s']:.1f}", f"{row['gpu_bytes'] / 1e9:.1f}"]
+            runner = row["runner"]
+            if row.get("processes", 1) > 1:
+                low, high = row["range_ms"]
+                runner += f" ({row['processes']} processes, {low:.2f} to {high:.2f} at {prompts[0]})"
+            cells = [row["model"], runner, f"{row['load_s']:.1f}", f"{row['gpu_bytes'] / 1e9:.1f}"]
             lines.append("| " + " | ".join(cells + prefill + decode) + " |")
         if "failed" not in run["lengths"]:
             said = ", ".join(f"{name} {row['ms']:.1f} ms" for name, row in run["lengths"].items())
@@ -366,6 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="7b,13b", help="of scripts/synthetic.py; empty: correctness only")
     parser.add_argument("--prompts", default="512,2048,4000")
+    parser.add_argument("--processes", type=int, default=3, help="of each measurement without a CUDA graph")
     parser.add_argument("--without", default="", help="builder, torch, correct")
     parser.add_argument("--work", type=Path, default=Path("out/bench_cuda"), help="where the checkpoints are made")
     parser.add_argument("--keep", action="store_true", help="leave the original and the pruned directory in --work")
@@ -390,18 +420,23 @@ def main() -> None:
         packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
         results: dict[str, Any] = {
             "date": date.today().isoformat(), "device": bandwidth["device"], "bandwidth": bandwidth["bytes_per_s"],
-            "versions": {p: found(p) for p in packages}, "prompts": prompts, "correct": {}, "genai": {}, "shapes": [],
+            "versions": {p: found(p) for p in packages}, "prompts": prompts,
+            "processes": arguments.processes, "correct": {}, "genai": {}, "shapes": [],
         }  # fmt: skip
+
+        def save() -> None:
+            if arguments.output:
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                (arguments.output / "results.json").write_text(json.dumps(results, indent=1))
+                (arguments.output / "results.md").write_text(markdown(results))
+
         if "correct" not in without:
             for dtype in ("float16", "bfloat16"):
                 results["correct"][dtype] = job("correct", dtype=dtype, directory=str(work / dtype))
                 results["genai"][dtype] = job("genai", dtype=dtype, directory=str(work / f"{dtype}-genai"))
         for shape in filter(None, arguments.shapes.split(",")):
-            results["shapes"].append(bench(shape, work, prompts, without, bandwidth["bytes_per_s"], arguments.keep))
-            if arguments.output:  # after each, since it takes minutes
-                arguments.output.mkdir(parents=True, exist_ok=True)
-                (arguments.output / "results.json").write_text(json.dumps(results, indent=1))
-                (arguments.output / "results.md").write_text(markdown(results))
+            bench(shape, work, results, without, arguments.keep, save)
+        save()
         print(markdown(results))
     finally:
         if not arguments.keep:

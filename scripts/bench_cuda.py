@@ -7,8 +7,8 @@ and without a CUDA graph, GPU memory, for the original and for the deepest third
 onnxruntime-genai model builder's graph of the original and transformers. The floor of a decode step is the bytes that
 it must read (every weight but the embedding table, and the KV cache) over the copy bandwidth measured in this run.
 Correctness, on the shipped trained model in fp16 and bf16: logits against PyTorch in fp32 on the CPU.
-Every measurement has a process, and so the GPU, to itself; those without a CUDA graph, which the host's luck moves by
-a tenth, have several. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
+Every process has the GPU to itself, and ONNX Runtime's rows have several, since the same one differs from process to
+process: by 3% with a CUDA graph, by a tenth without. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
 """
 
 from __future__ import annotations
@@ -313,28 +313,37 @@ def bench(
         run["rows"].append({"model": model, "runner": runner, "floor_ms": floors, **measured})
         save()
 
+    def wanted(cuda_graph: bool, defaults: bool = False) -> bool:
+        return (cuda_graph or "eager" not in without) and (not defaults or "defaults" not in without)
+
     synthetic.make(source, shape)
     if "builder" not in without:
         seconds = build_with_genai(source, builder, work)
         arguments = {"directory": str(builder), "like": str(source), "prompts": prompts}
-        for runner, repeat, options in (
-            ("genai builder, CUDA graph, ONNX Runtime's defaults", 1, {"cuda_graph": True, "defaults": True}),
-            ("genai builder, CUDA graph", 1, {"cuda_graph": True}),
-            ("genai builder", times, {"cuda_graph": False}),
+        for runner, options in (
+            ("genai builder, CUDA graph, ONNX Runtime's defaults", {"cuda_graph": True, "defaults": True}),
+            ("genai builder, CUDA graph", {"cuda_graph": True}),
+            ("genai builder", {"cuda_graph": False}),
         ):
-            add("original", runner, {**jobs(repeat, "builder", **arguments, **options), "export_s": seconds}, source)
+            if wanted(**options):
+                measured = jobs(times, "builder", **arguments, **options)
+                add("original", runner, {**measured, "export_s": seconds}, source)
         shutil.rmtree(builder)
     start = time.perf_counter()
     export(source, original, last_token_logits=True)
     seconds = time.perf_counter() - start
     shutil.rmtree(source)
-    convert(original, pruned, drop=count)
-    export(pruned, last_token_logits=True)
+    directories = {"original": original}
+    if "pruned" not in without:
+        convert(original, pruned, drop=count)
+        export(pruned, last_token_logits=True)
+        directories[f"{count} dropped"] = pruned
     for graph in (True, False):
-        for model, directory in (("original", original), (f"{count} dropped", pruned)):
-            measured = jobs(1 if graph else times, "ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
+        for model, directory in directories.items() if wanted(graph) else ():
+            measured = jobs(times, "ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
             add(model, "ours" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, directory)
-    run["lengths"] = job("lengths", directory=str(original))
+    if "lengths" not in without:
+        run["lengths"] = job("lengths", directory=str(original))
     for compiled in (False, True) if "torch" not in without else ():
         measured = job("torch", directory=str(original), prompts=prompts, compiled=compiled)
         add("original", "transformers" + ", compiled" * compiled, measured, original)
@@ -395,8 +404,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="7b,13b", help="of scripts/synthetic.py; empty: correctness only")
     parser.add_argument("--prompts", default="512,2048,4000")
-    parser.add_argument("--processes", type=int, default=3, help="of each measurement without a CUDA graph")
-    parser.add_argument("--without", default="", help="builder, torch, correct")
+    parser.add_argument("--processes", type=int, default=3, help="of each row of ONNX Runtime; the middle one is shown")
+    parser.add_argument("--without", default="", help="builder, defaults, eager, pruned, lengths, torch, correct")
     parser.add_argument("--work", type=Path, default=Path("out/bench_cuda"), help="where the checkpoints are made")
     parser.add_argument("--keep", action="store_true", help="leave the original and the pruned directory in --work")
     parser.add_argument("--output", type=Path, help="write results.json and results.md here")

@@ -437,6 +437,44 @@ def test_cuda_is_not_taken_for_granted(tmp_path):
     assert session.why_not_cuda
 
 
+@pytest.mark.parametrize(
+    ("capability", "kv_heads", "users", "seen"),
+    [
+        (9, 8, {}, {"ORT_ENABLE_XQA": "0", "CUBLAS_WORKSPACE_CONFIG": ":0:0"}),
+        (9, 4, {}, {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}),
+        (8, 8, {}, {}),
+        (9, 8, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, {"ORT_ENABLE_XQA": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+    ],
+)
+def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capability, kv_heads, users, seen):
+    from export.onnx import session as module
+    from pruner.llama import Decoder
+
+    names = ("ORT_ENABLE_XQA", "CUBLAS_WORKSPACE_CONFIG")
+
+    def environment() -> dict[str, str]:
+        return {name: os.environ[name] for name in names if name in os.environ}
+
+    def opened(path, providers):
+        found.append(environment())
+        raise RuntimeError("no GPU in this test")
+
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in users.items():
+        monkeypatch.setenv(name, value)
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(module, "_check_cuda", lambda capi: capability)
+    monkeypatch.setattr(module, "_session", opened)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": kv_heads}
+    config = json.loads((MODEL / "config.json").read_bytes()) | heads
+    with pytest.raises(PruneAttnError, match="no GPU in this test"):
+        module._cuda_session(MODEL / GRAPH, Decoder.from_config(config, MODEL / "config.json"), True)
+    assert found == [seen]
+    assert environment() == users
+
+
 # -- onnxruntime-genai -------------------------------------------------------------------------------------------------
 
 

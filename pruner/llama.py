@@ -211,7 +211,7 @@ def check_not_quantised(config: dict[str, Any], path: Path) -> None:
         return
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if method is None and isinstance(quantisation, dict):
-        method = "bitsandbytes" if any(key.startswith("load_in_") for key in quantisation) else None
+        method = "bitsandbytes" if any("load_in_" in key for key in quantisation) else None
     base = config.get("_name_or_path")
     named = f"; its _name_or_path is {base[:100]!r}" if isinstance(base, str) and base else ""
     raise PruneAttnError(f"{path}: is quantised ({method or 'unknown method'}); {UNQUANTISED}{named}")
@@ -230,9 +230,10 @@ def check_tensors(decoder: Decoder, shards: Iterable[Shard], directory: Path) ->
             if name not in expected:
                 if name.endswith(".rotary_emb.inv_freq"):  # a buffer that old conversions stored; it is recomputed
                     continue
+                wrapped = next((key for key in expected if name.endswith(f".{key}")), None)
                 raise PruneAttnError(
                     f"{shard.path}: tensor {name!r} does not belong to the model that {directory}/config.json "
-                    "describes; check that both are of the same model"
+                    "describes; " + (f"save it as {wrapped!r}" if wrapped else "check that both are of the same model")
                 )
             missing.pop(name)
             if tensor.shape != expected[name]:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,47 @@ def test_anything_but_tensors_is_refused_by_name(tmp_path, value, match):
         read_pickled(save(tmp_path / "x.bin", value))
 
 
+def test_what_torch_alone_could_tell_apart(tmp_path):
+    state = {"x": torch.nn.Parameter(torch.ones(2, 3))}
+    state["x"]._is_hf_initialized = True  # as transformers marks its parameters
+    found = read_pickled(save(tmp_path / "x.bin", state)).tensors
+    assert torch.equal(load_tensor(found["x"]), torch.ones(2, 3))
+    negative = torch.complex(torch.zeros(4), torch.arange(4.0)).conj().imag  # its bytes lack the sign
+    for value, match in (
+        (negative, "marked as conjugate or negative"),
+        (torch.ones(1).expand(10_000, 10_000), "claims more bytes"),
+    ):
+        with pytest.raises(PruneAttnError, match=match):
+            read_pickled(save(tmp_path / "x.bin", {"x": value}))
+
+
+def test_what_a_file_says_cannot_fill_memory_or_a_terminal(tmp_path):
+    pairs = b"(" + b"".join(b"X\5\0\0\0%05dK\0\x86" % i for i in range(30_000)) + b"l\x85q\1"
+    program = b"\x80\2ccollections\nOrderedDict\nq\0" + pairs + b"h\0h\1R" * 100_000 + b"."
+    with zipfile.ZipFile(tmp_path / "bomb.bin", "w") as archive:
+        archive.writestr("x/data.pkl", program)
+    with pytest.raises(PruneAttnError, match=r"bomb\.bin: has more than 1,048,576 entries"):
+        read_pickled(tmp_path / "bomb.bin")
+    for name in ("\x1b]0;owned\x07\n", "n" * 5_000_000):
+        for value in ({name: torch.ones(1)}, {name: 3}):
+            with pytest.raises(PruneAttnError) as error:
+                open_checkpoint(write_bin_of(tmp_path / secrets.token_hex(4), value))
+            assert str(error.value).isprintable()
+            assert len(str(error.value)) < 1000
+    whole = save(tmp_path / "x.bin", {"x": torch.ones(2)}).read_bytes()
+    (tmp_path / "x.bin").write_bytes(whole.replace(b"X\1\0\0\x000", b"X\1\0\0\0\x07"))  # the storage's key
+    with pytest.raises(PruneAttnError) as error:
+        read_pickled(tmp_path / "x.bin")
+    assert r"data/\x07' is missing" in str(error.value).replace("...", " is missing")
+
+
+def write_bin_of(directory: Path, value: object) -> Path:
+    directory.mkdir()
+    shutil.copy(SHIPPED / "config.json", directory)
+    save(directory / "pytorch_model.bin", value)
+    return directory
+
+
 def rezip(file: Path, edit: Callable[[str, bytes], bytes | None], **options: object) -> None:
     """Write a zip again with its records edited (``None``: left out)."""
     with zipfile.ZipFile(file) as archive:
@@ -373,6 +415,36 @@ def test_a_tokenizer_comes_with_it(shipped, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_tokenizer_of_another_model(make_llama, shipped, tmp_path):
+    """It has 4,096 tokens, and the models 128 and 4,200."""
+    (tmp_path / "llama").mkdir()
+    source = write_meta(make_llama(vocab_size=128), tmp_path / "llama" / "small")
+    shutil.copy(shipped / "tokenizer.model", tmp_path / "llama")
+    with pytest.raises(PruneAttnError, match=r"llama/tokenizer\.model: has 4096 tokens and the model in .* has 128"):
+        open_checkpoint(source)
+    source = write_meta(make_llama("padded", vocab_size=4200), tmp_path / "llama" / "padded")
+    with pytest.raises(PruneAttnError, match=r"has 4096 tokens and the model in .* has 4200"):
+        open_checkpoint(source)
+    shutil.copy(shipped / "tokenizer.model", source)  # beside the parts it is meant: rows can be padded
+    assert open_checkpoint(source).decoder.vocab_size == 4200
+
+
+def test_first_llamas_parts(make_llama, tmp_path):
+    """The 7B's has the rotary buffer in each layer; a part without rows is of another model."""
+    source = write_meta(plain := make_llama(), tmp_path / "source", 2)
+    parts = [torch.load(source / f"consolidated.0{i}.pth") for i in range(2)]
+    parts[0]["layers.0.attention.inner_attention.rope.freqs"] = torch.ones(8)
+    save(source / "consolidated.00.pth", parts[0])
+    same(loaded(source), tensors(plain))
+    for name in ("layers.1.attention.wq.weight", "layers.1.attention.wk.weight"):
+        parts[0][name] = torch.cat([part[name] for part in parts])
+        parts[1][name] = parts[1][name][:0]
+    for i, part in enumerate(parts):
+        save(source / f"consolidated.0{i}.pth", part)
+    with pytest.raises(PruneAttnError, match=r"consolidated\.01\.pth: 'layers\.1\.attention\.wq"):
+        open_checkpoint(source)
+
+
 @pytest.mark.parametrize(
     ("params", "match"),
     [
@@ -392,6 +464,7 @@ def test_a_tokenizer_comes_with_it(shipped, tmp_path):
         (dict(dim=32), "has shape"),
         (dict(use_scaled_rope=True), "Llama 3.1"),
         (dict(quantization_args={"scheme": "int4"}), "quantised"),
+        (dict(rope_theta=500000.0), r"params\.json: rope_theta 500000 .* neither Llama 2's nor CodeLlama's"),
     ],
 )
 def test_params_that_are_not_of_these_parts(make_llama, tmp_path, params, match):
@@ -463,6 +536,8 @@ def test_formats_that_are_not_read_are_named(shipped, tmp_path):
     (source / "pytorch_model.bin").unlink()
     edit_config(source, quantization_config={"quant_method": "awq"}, _name_or_path="someone/base")
     refused("awq.*convert from the unquantised .*someone/base")
+    edit_config(source, quantization_config={"_load_in_8bit": True})
+    refused("bitsandbytes")
     edit_config(source, quantization_config=..., _name_or_path=...)
     for file, match in (
         ("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("adapter_config.json", "adapter"),
@@ -473,4 +548,11 @@ def test_formats_that_are_not_read_are_named(shipped, tmp_path):
         if not file.endswith(".gguf"):
             (source / file).unlink()
     refused("GGUF.*convert from", source / "model-q4_0.gguf")
+    (source / "model-q4_0.gguf").unlink()
+    (source / "ggml-model.bin").write_bytes(b"lmgg" + bytes(8))
+    refused("GGUF.*convert from")
+    (source / "model.safetensors").write_bytes(b"GGUF" + bytes(8))
+    refused(r"model\.safetensors: is GGUF")
+    save(source / "model.safetensors", state)
+    refused(r"model\.safetensors: is a PyTorch file; call it pytorch_model\.bin")
     assert SHIPPED.is_dir()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.header import no_duplicates, read_shard
+from pruner.checkpoint.header import GGML, no_duplicates, read_shard
 from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Shard, Tensor
@@ -119,15 +119,24 @@ def _check_directory(directory: Path) -> None:
     if not exists:
         raise PruneAttnError(f"{directory}: no such directory; give the path of a Llama checkpoint")
     if not directory.is_dir():
-        if directory.suffix == ".gguf":
+        if _is_ggml(directory):
             raise PruneAttnError(f"{directory}: is GGUF (llama.cpp); {UNQUANTISED}")
         raise PruneAttnError(f"{directory}: is a file; give the checkpoint's directory, which holds {CONFIG}")
+
+
+def _is_ggml(path: Path) -> bool:
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file() or path.stat().st_size < 4:
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) in GGML
 
 
 def _instead(directory: Path) -> str:
     """What a directory without weights that can be read holds instead, and what to do."""
     names = [path.name for path in directory.iterdir()]
-    if any(name.endswith(".gguf") for name in names):
+    if any(_is_ggml(directory / name) for name in names):
         return f"it holds GGUF (llama.cpp); {UNQUANTISED}"
     for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
         if file in names:
@@ -136,6 +145,8 @@ def _instead(directory: Path) -> str:
         return "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
     if _weights(directory) is None and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
         return f"its PyTorch files must be called {_PYTORCH}, as its index says, or consolidated.00.pth and so on"
+    if _weights(directory) is None and any(name.endswith(".safetensors") for name in names):
+        return f"its safetensors must be called {WEIGHTS}, as its index says; if they are quantised, {UNQUANTISED}"
     return "give the directory that transformers' save_pretrained, a Hub download or Meta's download made"
 
 
@@ -204,7 +215,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     decoder = Decoder.from_config(config, directory / CONFIG)
     if weights is None:
         raise PruneAttnError(
-            f"{directory}: is not a checkpoint, there is no {WEIGHTS} and no {INDEX} in it; {_instead(directory)}"
+            f"{directory}: is not a checkpoint, it has no {WEIGHTS}, {INDEX} or {_PYTORCH}; {_instead(directory)}"
         )
     single, index, read = weights
     names, weight_map = _shard_names(directory, single, index)

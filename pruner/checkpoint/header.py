@@ -17,7 +17,10 @@ from typing import Any, BinaryIO
 
 from pruner.checkpoint.tensor import DTYPE_BYTES, Shard, Tensor
 from pruner.errors import PruneAttnError
+from pruner.llama import UNQUANTISED
 
+GGML = (b"GGUF", b"lmgg", b"tjgg", b"fmgg")
+LONGEST_NAME = 500
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 
@@ -69,6 +72,10 @@ def read_shard(path: Path) -> Shard:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise bad(f"is no safetensors file: it is {size} bytes long")
+        if prefix.startswith(GGML):
+            raise bad("is GGUF or GGML (llama.cpp)", UNQUANTISED)
+        if prefix.startswith(b"PK\3\4"):
+            raise bad("is a PyTorch file", "call it pytorch_model.bin")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
             raise bad(f"its header claims an absurd length of {length} bytes")
@@ -89,6 +96,8 @@ def read_shard(path: Path) -> Shard:
     data_start = 8 + length
     tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
+        if len(name) > LONGEST_NAME:
+            raise bad(f"has a name of {len(name)} characters where a tensor's belongs")
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):

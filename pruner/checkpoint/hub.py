@@ -452,7 +452,8 @@ def beside(work: Callable[[], T], stop: threading.Event | None = None) -> T:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        thread.join()
+        while thread.is_alive():  # by turns: a signal that another thread takes does not wake a join without an end
+            thread.join(0.2)
     except BaseException:
         if stop is not None:
             stop.set()

@@ -12,15 +12,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pruner.checkpoint.meta_files import check_tokenizer
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Piece, Shard, Tensor, gathered
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder
 
 PARAMS = "params.json"
-TOKENIZER = "tokenizer.model"
 _PART = re.compile(r"consolidated\.(\d{2})\.pth")
-_BUFFERS = ("rope.freqs",)  # recomputed by whoever runs the model
+_BUFFERS = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")  # recomputed by who runs it
+_THETAS = {10000.0: 4096, 1000000.0: 16384}  # params.json does not say the context: Llama 2's and CodeLlama's
 
 # Meta's name, ours, and the dimension that is cut into parts (None: whole in each); the embedding's depends
 _NAMES = {
@@ -41,12 +42,6 @@ def meta_parts(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("consolidated.*.pth") if _PART.fullmatch(path.name))
 
 
-def tokenizer_file(directory: Path) -> Path | None:
-    """``tokenizer.model`` beside the parts, or above them, where Meta's ``download.sh`` puts it."""
-    places = (directory / TOKENIZER, Path(directory.resolve().parent) / TOKENIZER)
-    return next((path for path in places if path.is_file()), None)
-
-
 def read_meta(directory: Path, params: Any) -> tuple[dict[str, Any], tuple[Shard, ...], Decoder, dict[str, Tensor]]:
     """Configuration (as Hugging Face writes it), parts, decoder and tensors (by Hugging Face's names).
 
@@ -60,14 +55,6 @@ def read_meta(directory: Path, params: Any) -> tuple[dict[str, Any], tuple[Shard
         if part.name != (expected := f"consolidated.{i:02d}.pth"):
             raise PruneAttnError(f"{directory / expected}: is missing; download it again")
     shards = tuple(read_pickled(part) for part in parts)
-    tokenizer = tokenizer_file(directory)
-    if tokenizer is not None:
-        with open(tokenizer, "rb") as file:
-            if file.read(1) != b"\n":  # the first field of SentencePiece's protocol buffer
-                raise PruneAttnError(
-                    f"{tokenizer}: is no SentencePiece model (Llama 3's is not); of Meta's distributions Llama 2's are "
-                    "read, of the others give the Hugging Face form"
-                )
     for shard in shards:
         head = shard.tensors.get("output.weight")
         if head is None or len(head.shape) != 2:
@@ -78,6 +65,7 @@ def read_meta(directory: Path, params: Any) -> tuple[dict[str, Any], tuple[Shard
             f"{path}: vocab_size is {params['vocab_size']}, but the {len(parts)} parts have {vocabulary} tokens; "
             "is a part missing, or of another model?"
         )
+    check_tokenizer(directory, vocabulary)
     config = _config(params, vocabulary, shards[0].tensors["output.weight"].dtype)
     decoder = Decoder.from_config(config, path)
     return config, shards, decoder, _join(decoder, shards, path)
@@ -108,12 +96,16 @@ def _checked(params: Any, path: Path) -> dict[str, Any]:
             raise PruneAttnError(
                 f"{path}: {key} is {str(value)[:40]!r}; it must be a positive number; download it again"
             )
+    if out["rope_theta"] not in _THETAS or out["vocab_size"] > 100_000:
+        raise PruneAttnError(
+            f"{path}: rope_theta {out['rope_theta']:g} and vocab_size {out['vocab_size']} are neither Llama 2's nor "
+            "CodeLlama's (Llama 3's?); give its Hugging Face form"
+        )
     return out
 
 
 def _config(params: dict[str, Any], vocabulary: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` as Llama 2's on the Hub has it. ``params.json`` does not say the context: 4096 is Llama 2's, and
-    CodeLlama, known by its ``rope_theta``, has 16384."""
+    """``config.json`` as Llama 2's on the Hub has it."""
     dim, multiple = params["dim"], params["multiple_of"]
     width = int(params["ffn_dim_multiplier"] * int(8 * dim / 3))
     return {
@@ -126,7 +118,7 @@ def _config(params: dict[str, Any], vocabulary: int, dtype: str) -> dict[str, An
         "hidden_size": dim,
         "initializer_range": 0.02,
         "intermediate_size": multiple * -(-width // multiple),
-        "max_position_embeddings": 16384 if params["rope_theta"] > 10000 else 4096,
+        "max_position_embeddings": _THETAS[params["rope_theta"]],
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": params["n_heads"],
@@ -159,7 +151,7 @@ def _join(decoder: Decoder, shards: tuple[Shard, ...], params: Path) -> dict[str
             plan[f"layers.{i}.{theirs}.weight"] = (f"model.layers.{i}.{ours}.weight", axis)
     for shard in shards:
         for name in shard.tensors:
-            if name not in plan and name not in _BUFFERS:
+            if name not in plan and not _BUFFERS.fullmatch(name):
                 raise PruneAttnError(
                     f"{shard.path}: tensor {name!r} does not belong to the model that {params} describes; "
                     "check that both are of the same model"
@@ -175,6 +167,8 @@ def _joined(
         tensor = shard.tensors.get(theirs)
         if tensor is None:
             raise PruneAttnError(f"{shard.path}: has no {theirs!r}; download it again")
+        if 0 in tensor.shape:
+            raise _misfit(shard, theirs, shape, len(shards))
         same = [size for i, size in enumerate(tensor.shape) if i != axis]
         if len(tensor.shape) != len(shape) or same != [size for i, size in enumerate(shape) if i != axis]:
             raise _misfit(shard, theirs, shape, len(shards))

@@ -14,11 +14,43 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.meta import TOKENIZER, tokenizer_file
 from pruner.errors import PruneAttnError
 
+TOKENIZER = "tokenizer.model"
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of pieces
 _BPE = 2  # kind of model
+
+
+def tokenizer_file(directory: Path) -> Path | None:
+    """``tokenizer.model`` beside the parts, or above them, where Meta's ``download.sh`` puts it."""
+    places = (directory / TOKENIZER, Path(directory.resolve().parent) / TOKENIZER)
+    return next((path for path in places if path.is_file()), None)
+
+
+def check_tokenizer(directory: Path, vocabulary: int) -> None:
+    """Refuse a ``tokenizer.model`` that is not of this model, of ``vocabulary`` tokens."""
+    path = tokenizer_file(directory)
+    if path is None:
+        return
+    with open(path, "rb") as file:
+        if file.read(1) != b"\n":  # the first field of SentencePiece's protocol buffer
+            raise PruneAttnError(
+                f"{path}: is no SentencePiece model (Llama 3's is not); of Meta's distributions Llama 2's are read, of "
+                "the others give the Hugging Face form"
+            )
+    try:
+        pieces = sum(number == 1 for number, _ in _fields(path.read_bytes()))
+    except (ValueError, IndexError, struct.error) as error:
+        raise _no_tokenizer(path, error) from None
+    if pieces > vocabulary or (pieces < vocabulary and path.parent != directory):
+        raise PruneAttnError(
+            f"{path}: has {pieces} tokens and the model in {directory} has {vocabulary}; put that model's own "
+            f"{TOKENIZER} beside its parts"
+        )
+
+
+def _no_tokenizer(path: Path, error: Exception) -> PruneAttnError:
+    return PruneAttnError(f"{path}: is no tokenizer of a Llama 2 ({error}); download it again")
 
 
 def meta_files(directory: Path) -> dict[str, bytes]:
@@ -36,7 +68,7 @@ def meta_files(directory: Path) -> dict[str, bytes]:
     try:
         tokenizer, special = _tokenizer(model)
     except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise PruneAttnError(f"{path}: is no tokenizer of a Llama 2 ({error}); download it again") from None
+        raise _no_tokenizer(path, error) from None
     unknown, beginning, end = special
     config = {
         "add_bos_token": True,

@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from pruner.checkpoint.header import open_shard
+from pruner.checkpoint.header import GGML, LONGEST_NAME, open_shard
 from pruner.checkpoint.tensor import DTYPE_BYTES, Piece, Shard, Tensor, gathered
 from pruner.errors import PruneAttnError
 from pruner.llama import UNQUANTISED
@@ -34,11 +34,12 @@ _GLOBALS = {
     "torch._utils._rebuild_tensor": "tensor",  # before PyTorch 0.4
     "torch._utils._rebuild_tensor_v2": "tensor",
     "torch._utils._rebuild_parameter": "parameter",
+    "torch._utils._rebuild_parameter_with_state": "parameter",  # the state is attributes of a Python object
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
 }
 _MOST = 16 << 20  # bytes of pickle or zip directory; a 70B needs 0.1 MB
+_MOST_ENTRIES = 1 << 20  # of all dictionaries in a pickle together, which a small one can repeat without end
 _MAGIC = 0x1950A86A20F9469CFC6C
-_GGML = (b"GGUF", b"lmgg", b"tjgg", b"fmgg")
 
 
 class _Global(NamedTuple):
@@ -83,13 +84,15 @@ def read_pickled(path: Path) -> Shard:
         try:
             if head.startswith(b"PK\3\4"):
                 root, place, digest = _read_zip(file, size)
-            elif head.startswith(_GGML):
+            elif head.startswith(GGML):
                 raise _RefusedError(f"is GGUF or GGML (llama.cpp); {UNQUANTISED}")
             elif head.startswith(b"\x80"):
                 root, place, digest = _read_legacy(file, size)
+            elif file.read(9).endswith(b"{"):
+                raise _RefusedError("is a safetensors file; call it model.safetensors")
             else:
                 raise _RefusedError("is no PyTorch file; download it again")
-            tensors = {name: _tensor(path, name, found, place) for name, found in _state_dict(root).items()}
+            tensors = {name: _tensor(path, size, name, found, place) for name, found in _state_dict(root).items()}
         except _RefusedError as error:
             raise PruneAttnError(f"{path}: {error}") from None
     return Shard(path, size, digest, tensors)
@@ -112,7 +115,7 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
     try:
         archive = zipfile.ZipFile(file)
         entries = {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError, OSError, MemoryError) as error:
         _damaged(f"its zip directory cannot be read: {error}")
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -124,28 +127,28 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
         _damaged("a name stands twice in its zip directory")
 
     def start(name: str, nbytes: int | None = None) -> tuple[int, int]:
-        entry = entries.get(name)
+        entry, shown = entries.get(name), _shown(name)
         if entry is None:
-            _damaged(f"{name} is missing")
+            _damaged(f"{shown} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise _RefusedError(
-                f"{name} in it is compressed or encrypted, which torch.save never does; write it again with torch.save"
+                f"{shown} in it is compressed or encrypted, which torch.save never does; write it again with torch.save"
             )
         file.seek(max(entry.header_offset, 0))
         local = file.read(30)
         if entry.header_offset < 0 or len(local) < 30 or not local.startswith(b"PK\3\4"):
-            _damaged(f"{name} is not where its zip directory says")
+            _damaged(f"{shown} is not where its zip directory says")
         begin = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
         if nbytes is not None and entry.file_size != nbytes:
-            _damaged(f"{name} has {entry.file_size} bytes and {nbytes} are needed")
+            _damaged(f"{shown} has {entry.file_size} bytes and {nbytes} are needed")
         if entry.compress_size != entry.file_size or begin + entry.file_size > archive.start_dir:
-            _damaged(f"{name} does not fit into it")
+            _damaged(f"{shown} does not fit into it")
         return begin, entry.file_size
 
     def content(name: str) -> bytes:
         begin, nbytes = start(name)
         if nbytes > _MOST:
-            raise _RefusedError(f"its {name} has an absurd length of {nbytes} bytes; download it again")
+            raise _RefusedError(f"its {_shown(name)} has an absurd length of {nbytes} bytes; download it again")
         file.seek(begin)
         return file.read(nbytes)
 
@@ -178,11 +181,11 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
         file.seek(position)
         prefix = file.read(8)
         if storage is None or len(prefix) < 8:
-            _damaged(f"storage {str(key)[:40] if storage else '?'} is missing")
+            _damaged(f"storage {_shown(key) if storage else '?'} is missing")
         count = int.from_bytes(prefix, "little", signed=True)
         nbytes = count * DTYPE_BYTES[storage.dtype]
         if count < 0 or position + 8 + nbytes > size:
-            _damaged(f"it has {size} bytes and storage {key!r} alone ends after that")
+            _damaged(f"it has {size} bytes and storage {_shown(key)} alone ends after that")
         elements[key] = position + 8, count
         position += 8 + nbytes
     if position != size:
@@ -191,10 +194,10 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
 
     def place(storage: _Storage) -> int:
         if storage.key not in elements:
-            _damaged(f"storage {storage.key!r} is missing")
+            _damaged(f"storage {_shown(storage.key)} is missing")
         begin, count = elements[storage.key]
         if count != storage.elements:
-            _damaged(f"storage {storage.key!r} has {count} elements and {storage.elements} are needed")
+            _damaged(f"storage {_shown(storage.key)} has {count} elements and {storage.elements} are needed")
         return begin
 
     return root, place, digest
@@ -207,6 +210,8 @@ def _state_dict(root: Any) -> dict[str, _Place]:
             f"holds {_kind(root)} and not a dictionary of tensors; give the file with the weights alone"
         )
     for name, value in root.items():
+        if len(name) > LONGEST_NAME:
+            raise _RefusedError(f"has a name of {len(name)} characters where a tensor's belongs; download it again")
         if not isinstance(value, _Place):
             what = f"holds {name!r}, which is {_kind(value)} and no tensor"
             raise _RefusedError(f"{what}; give the file with the weights alone")
@@ -219,11 +224,18 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _tensor(path: Path, name: str, found: _Place, place: _Records) -> Tensor:
+def _shown(name: str) -> str:
+    """A name out of the file, for a message: printable, and not too long."""
+    return name if len(name) <= 100 and name.isprintable() else f"{name[:100]!r}..."
+
+
+def _tensor(path: Path, file_size: int, name: str, found: _Place, place: _Records) -> Tensor:
     storage, size = found.storage, DTYPE_BYTES[found.storage.dtype]
     last = found.offset + sum((n - 1) * stride for n, stride in zip(found.shape, found.strides, strict=True))
     if prod(found.shape) and last >= storage.elements:
         _damaged(f"{name!r} reaches beyond its storage of {storage.elements} elements")
+    if prod(found.shape) * size > file_size:  # one element, repeated
+        raise _RefusedError(f"claims more bytes for {name!r} than the whole file has; download it again")
     start = place(storage) + found.offset * size
     # the stride of a dimension of 1 says nothing and may be anything
     strides = tuple(stride * size if n > 1 else 0 for n, stride in zip(found.shape, found.strides, strict=True))
@@ -245,7 +257,7 @@ class _Reader:
 
     def __init__(self, legacy: bool = False) -> None:
         self.storages: dict[str, _Storage] = {}
-        self._legacy = legacy
+        self._legacy, self._entries = legacy, 0
 
     def run(self, pickle: bytes | BinaryIO) -> Any:
         """What one pickle describes; a file is left after its end. Raises ``_RefusedError``."""
@@ -291,7 +303,7 @@ class _Reader:
             items = self._since_mark() if name != "SETITEM" else [stack.pop(-2), stack.pop()]
             if name == "DICT":
                 stack.append({})
-            _set(_of(stack[-1], dict), list(zip(items[::2], items[1::2], strict=True)))
+            self._set(_of(stack[-1], dict), list(zip(items[::2], items[1::2], strict=True)))
         elif name == "GLOBAL":
             stack.append(_named(arg.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
@@ -301,7 +313,7 @@ class _Reader:
             stack.append(self._storage(*_of(stack.pop(), tuple)))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments = _of(stack.pop(), tuple)
-            stack.append(_made(_of(stack.pop(), _Global).kind, arguments))
+            stack.append(self._made(_of(stack.pop(), _Global).kind, arguments))
         elif name == "BUILD":  # a state dict's _metadata
             stack.pop()
             _of(stack[-1], dict)
@@ -337,6 +349,39 @@ class _Reader:
             raise ValueError(f"storage {key!r} is described in two ways")
         return storage
 
+    def _made(self, kind: str, arguments: tuple[Any, ...]) -> Any:
+        """What calling a known global with these arguments stands for."""
+        if kind == "dict":
+            out: dict[str, Any] = {}
+            if arguments:  # as Python 2 wrote it: a list of [key, value]
+                (pairs,) = arguments
+                self._set(out, [tuple(pair) for pair in _of(pairs, list)])
+            return out
+        if kind == "parameter":
+            return _of(arguments[0], _Place)
+        if kind != "tensor":
+            raise ValueError("a storage is called")
+        storage, offset, shape, strides, *more = arguments
+        if more[2:] and more[2]:
+            raise _RefusedError("has a tensor marked as conjugate or negative; write it again after resolve_neg()")
+        place = _Place(_of(storage, _Storage), _count(offset), _counts(shape), _counts(strides))
+        if len(place.shape) != len(place.strides):
+            raise ValueError("a shape without its strides")
+        return place
+
+    def _set(self, target: dict[str, Any], items: list[tuple[Any, ...]]) -> None:
+        self._entries += len(items)
+        if self._entries > _MOST_ENTRIES:
+            raise _RefusedError(f"has more than {_MOST_ENTRIES:,} entries, which no model has; it was not read further")
+        for key, value in items:
+            if not isinstance(key, str):
+                raise _RefusedError(
+                    f"has {_kind(key)} where a tensor's name belongs; give the file with the weights alone"
+                )
+            if key in target:
+                raise ValueError(f"{_shown(key)} stands twice in it")
+            target[key] = value
+
 
 def _named(name: str) -> _Global:
     if name not in _GLOBALS:
@@ -345,34 +390,6 @@ def _named(name: str) -> _Global:
             "Get the weights as safetensors or as a plain state dict from someone you trust"
         )
     return _Global(_GLOBALS[name])
-
-
-def _made(kind: str, arguments: tuple[Any, ...]) -> Any:
-    """What calling a known global with these arguments stands for."""
-    if kind == "dict":
-        out: dict[str, Any] = {}
-        if arguments:  # as Python 2 wrote it: a list of [key, value]
-            (pairs,) = arguments
-            _set(out, [tuple(pair) for pair in _of(pairs, list)])
-        return out
-    if kind == "parameter":
-        return _of(arguments[0], _Place)
-    if kind != "tensor":
-        raise ValueError("a storage is called")
-    storage, offset, shape, strides, *_ = arguments
-    place = _Place(_of(storage, _Storage), _count(offset), _counts(shape), _counts(strides))
-    if len(place.shape) != len(place.strides):
-        raise ValueError("a shape without its strides")
-    return place
-
-
-def _set(target: dict[str, Any], items: list[tuple[Any, ...]]) -> None:
-    for key, value in items:
-        if not isinstance(key, str):
-            raise _RefusedError(f"has {_kind(key)} where a tensor's name belongs; give the file with the weights alone")
-        if key in target:
-            raise ValueError(f"{key!r} stands twice in it")
-        target[key] = value
 
 
 def _of(value: Any, kind: type) -> Any:

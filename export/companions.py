@@ -8,8 +8,7 @@ from typing import Any
 
 from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.companions import LICENCE, USE, is_companion
-from pruner.checkpoint.meta_files import TOKENIZER
-from pruner.checkpoint.meta_files import meta_files
+from pruner.checkpoint.meta_files import TOKENIZER, meta_files
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def convert(
     result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
 
     config = output_config(checkpoint, result, target_dtype)
-    shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
+    shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes, config)
     conversion = Conversion(
         source,
         output,
@@ -221,8 +221,8 @@ def convert(
     if not dry_run:
         if model and afar:
             checkpoint = open_checkpoint(model.fetch(progress=progress))
-            shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes)
             config = output_config(checkpoint, result, target_dtype)  # the tokenizer, too, is there only now
+            shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes, config)
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
             _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
@@ -252,9 +252,10 @@ def lay_out(
     checkpoint = open_checkpoint(source)
     decoder = checkpoint.decoder
     check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
-    shards = plan_shards(output_entries(checkpoint, decoder, target_dtype), max_bytes)
-    if target_dtype is None:
-        runtime_files(checkpoint, None, options)  # what it refuses, it refuses before anything is copied
+    config = output_config(checkpoint, decoder, target_dtype)
+    shards = plan_shards(output_entries(checkpoint, decoder, target_dtype), max_bytes, config)
+    # what it refuses, it refuses before anything is copied
+    runtime_files(checkpoint if target_dtype is None else _as(checkpoint, target_dtype), None, options)
     conversion = Conversion(
         source,
         output,
@@ -266,12 +267,17 @@ def lay_out(
         dry_run=False,
     )
     check_space(output, sum(conversion.shards.values()))
-    config = output_config(checkpoint, decoder, target_dtype)
     with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
         _write(directory, checkpoint, conversion.plan, decoder, config, shards, conversion, options, progress)
         if not (directory / GRAPH).exists():
-            raise PruneAttnError(conversion.notes[-1])
+            raise PruneAttnError(next(note for note in conversion.notes if GRAPH in note))
     return conversion
+
+
+def _as(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """A checkpoint as if its weights were in another dtype, for what asks only that."""
+    tensors = {name: replace(tensor, dtype=dtype) for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors)
 
 
 def _runs_on(checkpoint: Checkpoint, dtype: str | None) -> list[str]:
@@ -386,6 +392,7 @@ def _write_runtime_files(
         files = runtime_files(output, facts, options)
     except PruneAttnError as error:
         why = str(error).replace(str(output.path), "the output")
+        notes[:] = [note for note in notes if note not in RUNS_ON.values()]
         notes.append(f"no model.onnx and no genai_config.json were written: {why}")
         return []
     return [write_file(output.path / name, data) for name, data in files.items()]

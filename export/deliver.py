@@ -8,7 +8,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,15 +127,34 @@ def export(
                 f"files; name an output: prune-attn export {checkpoint.path} OUTPUT"
             )
     if os.path.lexists(checkpoint.path / GRAPH) and not accept_changes:
-        from export.onnx.staleness import check_fresh
+        from export.onnx.staleness import DamagedGraphError, check_fresh
 
-        check_fresh(checkpoint)
+        with suppress(DamagedGraphError):  # this is the cure
+            check_fresh(checkpoint)
     replace_files(checkpoint.path, runtime_files(checkpoint, facts, options))
     return _describe(checkpoint, options, [])
 
 
 def replace_files(directory: Path, files: dict[str, bytes]) -> None:
-    """Each file whole or as it was: written beside its place, then renamed."""
+    """Each file whole or as it was: written beside its place, then renamed. Others that do so meanwhile wait."""
+    with _locked(directory):
+        _replace_files(directory, files)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
     for path in directory.iterdir():
         if _TEMPORARY.fullmatch(path.name):  # a killed run's
             path.unlink(missing_ok=True)

@@ -46,43 +46,52 @@ def generate(
     tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
     """
     directory = fetch(directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress)
-    model, took = _open(directory, backend, device)
     tokenizer = load_tokenizer(directory)
     eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_token_id)
     ends = set(eos if isinstance(eos, list) else [eos])
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise PruneAttnError("the prompt is empty and the tokenizer adds nothing; give some text")
+    model, took = _open(directory, backend, device, len(ids) + new_tokens)
     if len(ids) >= model.max_length:
         raise PruneAttnError(f"the prompt has {len(ids)} tokens and the context {model.max_length}; give a shorter one")
-    before = tokenizer.decode(ids, skip_special_tokens=True)
+    # after a letter a first space stays, and bytes of half a character do not join the prompt's
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    def text_of(tokens: list[int]) -> str:
+        return tokenizer.decode(anchor + tokens, skip_special_tokens=True)[len(before) :]
+
+    before = tokenizer.decode(anchor, skip_special_tokens=True)
     shown, out = "", []
     started = time.perf_counter()
     logits = model.prefill([ids])
-    prefilled = last = time.perf_counter()
+    prefill_ms, decoding = 1000 * (time.perf_counter() - started), 0.0
     for _ in range(min(new_tokens, model.max_length - len(ids))):
         if out:
+            started = time.perf_counter()
             logits = model.decode(out[-1:])
-        last = time.perf_counter()
+            decoding += time.perf_counter() - started
         out.append(int(logits[0].argmax()))
         if out[-1] in ends:
             break
-        text = tokenizer.decode(ids + out, skip_special_tokens=True)[len(before) :]
+        text = text_of(out)
         if write and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character
             write(text[len(shown) :])
             shown = text
-    text = tokenizer.decode(ids + out, skip_special_tokens=True)[len(before) :]
+    text = text_of(out)
     if write:
         write(text[len(shown) :])
-    speed = (len(out) - 1) / (last - prefilled) if len(out) > 1 else None
-    return Generated(text, out, len(ids), backend, took, 1000 * (prefilled - started), speed)
+    speed = (len(out) - 1) / decoding if len(out) > 1 else None
+    return Generated(text, out, len(ids), backend, took, prefill_ms, speed)
 
 
-def _open(directory: str | os.PathLike[str], backend: str, device: str) -> tuple[LanguageModel, str]:
+def _open(directory: str | os.PathLike[str], backend: str, device: str, tokens: int) -> tuple[LanguageModel, str]:
+    """The model, with room for so many tokens where its context has it, and the device that it took."""
     if backend == "onnx":
-        from export.onnx.session import OnnxSession
+        from export.onnx.session import OnnxSession, context_of
 
-        session = OnnxSession(directory, device=device)
+        checkpoint = open_checkpoint(directory)
+        session = OnnxSession(directory, device=device, max_length=min(tokens, context_of(checkpoint)))
         return session, session.device
     if backend != "torch":
         raise PruneAttnError(f"unknown backend {backend!r}; choose onnx or torch")

@@ -16,8 +16,10 @@ from typing import Any
 
 from export._system import reserve, start_writeback
 from pruner.checkpoint import INDEX, OpenFiles, Tensor, read_blocks
+from pruner.checkpoint.directory import WEIGHTS
 from pruner.errors import MachineError, PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, itemsize
+from pruner.nemotron_nas import dialect
 
 DATA_ALIGNMENT = 4096
 _CHUNK = 16 << 20  # bytes the kernel copies a call; small enough that the disk and signals are not kept waiting
@@ -52,11 +54,17 @@ class OutputShard:
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
 
 
-def plan_shards(sections: Iterable[Iterable[Iterable[Entry]]], max_bytes: int) -> list[OutputShard]:
+def plan_shards(
+    sections: Iterable[Iterable[Iterable[Entry]]], max_bytes: int, config: dict[str, Any]
+) -> list[OutputShard]:
     """Pack sections (of groups of tensors) into shards of at most ``max_bytes`` of data.
 
     A section starts a new shard rather than straddle one, unless it alone is larger than a shard; a group (q|k|v)
     never straddles, so a shard is larger than ``max_bytes`` only where one group is.
+
+    Where ``config`` is a plain Llama's, no class of ours takes ``model.onnx`` away when somebody's ``save_pretrained``
+    writes over the output. The shards then have names that it never writes and removes as those of an earlier save
+    (``transformers/modeling_utils.py``), so that a runtime misses them instead of computing with others.
     """
     shards: list[list[Entry]] = [[]]
     used = 0
@@ -78,8 +86,9 @@ def plan_shards(sections: Iterable[Iterable[Iterable[Entry]]], max_bytes: int) -
         else:
             for group in groups:
                 place(group)
-    n = len(shards)
-    names = ["model.safetensors"] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    n, plain = len(shards), config["model_type"] != dialect.MODEL_TYPE
+    stem = "model.packed" if plain else "model"
+    names = [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if plain or n > 1 else [WEIGHTS]
     return [_shard(file, entries) for file, entries in zip(names, shards, strict=True)]
 
 
@@ -103,7 +112,7 @@ def _shard(file: str, entries: list[Entry]) -> OutputShard:
 
 
 def index_json(shards: list[OutputShard]) -> bytes:
-    """``model.safetensors.index.json`` for several shards."""
+    """``model.safetensors.index.json``."""
     weight_map = {entry.name: shard.file for shard in shards for entry in shard.entries}
     total = sum(entry.nbytes for shard in shards for entry in shard.entries)
     parameters = sum(entry.source.parameters for shard in shards for entry in shard.entries)
@@ -112,7 +121,7 @@ def index_json(shards: list[OutputShard]) -> bytes:
 
 
 def write_shards(directory: Path, shards: list[OutputShard], progress: Progress | None = None) -> list[Path]:
-    """Write shards (and the index where there are several) into ``directory``, synced to disk; returns the files.
+    """Write shards (and the index where one is needed) into ``directory``, synced to disk; returns the files.
 
     ``progress`` is called with numbers of bytes written. Raises ``MachineError`` for a full disk, and
     ``PruneAttnError`` where the source changes meanwhile or a value does not fit the dtype asked for.
@@ -126,7 +135,7 @@ def write_shards(directory: Path, shards: list[OutputShard], progress: Progress 
                 _write_shard(path, shard, sources, done)
             written.append(path)
         sources.check_unchanged()
-    if len(shards) > 1:
+    if shards[0].file != WEIGHTS:
         written.append(write_file(directory / INDEX, index_json(shards)))
     return written
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from export import record
 from export.companions import companions
+from export.genai import GENAI_CONFIG
 from export.onnx import GRAPH
 from export.safetensors import read_as
 from export.target import output_config, source_names
@@ -101,7 +102,8 @@ def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Itera
     for name, fact in facts["files"].items():
         path, shard = output / name, headers.pop(name, None)
         if not path.is_file():
-            yield f"{path}: is missing; convert again"
+            again = "prune-attn export" if name in (GRAPH, GENAI_CONFIG) else "convert"
+            yield f"{path}: is missing; {again}{f' {output}' if again != 'convert' else ' again'}"
         elif shard is not None and shard.size != fact.get("size"):
             yield f"{path}: has {shard.size} bytes, {fact.get('size')} were written; convert again"
         elif shard is not None and shard.header_sha256 != fact.get("header_sha256"):

@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import edit_config
 
 from export import convert, export, verify
+from export.generate import generate
 from export.onnx import GRAPH
 from export.onnx.session import OnnxSession
 from pruner import PruneAttnError, open_checkpoint
 from pruner.model import TorchLanguageModel
+from pruner.text import load_tokenizer
 
 MODEL = Path(__file__).parent / "data" / "gutenberg-llama-5m"
 DROPPED = (3, 7, 11)
@@ -314,6 +317,16 @@ def test_what_is_refused(tmp_path, fields, message):
         export(random_llama(tmp_path / "source", **fields), tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_what_is_refused_is_refused_before_anything_is_copied(tmp_path, dtype, monkeypatch):
+    shutil.copytree(MODEL, source := tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: llama2\n---\n")  # whose notes come last
+    monkeypatch.setattr(sys.modules["export.convert"], "write_shards", lambda *_: pytest.fail("weights were copied"))
+    with pytest.raises(PruneAttnError, match=r"--context 99999: .*source was made for 1 to 1024 tokens"):
+        export(source, tmp_path / "out", dtype=dtype, context=99999)
+    assert not (tmp_path / "out").exists()
+
+
 # -- stale -------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +366,70 @@ def test_a_tampered_graph_is_caught(copy):
     assert any(GRAPH in problem for problem in verify(copy).problems)
     with pytest.raises(PruneAttnError, match=GRAPH):
         OnnxSession(copy)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00garbage"])
+def test_an_export_mends_what_is_damaged(copy, session, ids, damage):
+    (copy / GRAPH).write_bytes(damage)
+    (copy / "genai_config.json").write_text('{"model":')
+    problems = verify(copy).problems
+    assert len(problems) == 2
+    assert all(f"prune-attn export {copy}" in problem for problem in problems)
+    export(copy)
+    assert verify(copy).ok
+    assert np.array_equal(OnnxSession(copy).logits(np.array([ids])), session.logits(np.array([ids])))
+    (copy / GRAPH).unlink()
+    assert f"is missing; prune-attn export {copy}" in verify(copy).problems[0]
+
+
+@pytest.mark.parametrize("fields", [{"rope_theta": 20000.0}, {"rms_norm_eps": 1e-3}])
+def test_another_configuration_is_caught(copy, fields):
+    """Of the same shards, so that nothing but the graph shows it."""
+    config = json.loads((copy / "config.json").read_bytes())
+    if "rope_theta" in fields and "rope_parameters" in config:
+        fields = {"rope_parameters": config["rope_parameters"] | fields, **fields}
+    edit_config(copy, **fields)
+    for use in (OnnxSession, export):
+        with pytest.raises(PruneAttnError, match=r"config\.json: .* is not what model\.onnx was made for"):
+            use(copy)
+    export(copy, accept_changes=True)
+    OnnxSession(copy)
+
+
+@pytest.mark.parametrize("how", ["whole blocks", "laid out"])
+def test_save_pretrained_over_a_plain_output(tmp_path, how):
+    """No class of ours takes the graph away there: it must fail, not compute with the new shards."""
+    import onnxruntime
+    from transformers import AutoModelForCausalLM
+
+    if how == "whole blocks":
+        convert(MODEL, tmp_path / "out", drop=2, sublayer="block")
+    else:
+        export(MODEL, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    onnxruntime.InferenceSession(tmp_path / "out" / GRAPH, providers=["CPUExecutionProvider"])
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(Exception, match="External data path does not exist"):
+        onnxruntime.InferenceSession(tmp_path / "out" / GRAPH, providers=["CPUExecutionProvider"])
+    with pytest.raises(PruneAttnError, match=r"model\.safetensors: is not a shard that model\.onnx was made over"):
+        OnnxSession(tmp_path / "out")
+
+
+def test_save_pretrained_without_the_head(copy):
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(copy, trust_remote_code=True).save_pretrained(copy)
+    assert not (copy / GRAPH).exists()
+
+
+def test_exports_at_the_same_time(copy):
+    program = "import sys; from export import export; export(sys.argv[1])"
+    running = [
+        subprocess.Popen([sys.executable, "-c", f"{program};" * 4 + "print('done')", copy], stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0] for process in running] == [b"done\n"] * 3
+    assert verify(copy).ok
 
 
 @pytest.mark.parametrize("index_too", [False, True])
@@ -403,6 +480,33 @@ def test_hub_cache_links(pruned, tmp_path, session, ids):
     assert genai_tokens(snapshot, ids) == genai_tokens(pruned, ids)
     with pytest.raises(PruneAttnError, match="is a link"):
         export(snapshot)
+
+
+def test_links_that_onnx_runtime_refuses(pruned, tmp_path):
+    for file in pruned.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / GRAPH).unlink()
+    shutil.copy(pruned / GRAPH, tmp_path)
+    with pytest.raises(PruneAttnError, match="ONNX Runtime cannot open it"):
+        OnnxSession(tmp_path)
+    assert "is no link and model.safetensors is one" in verify(tmp_path).problems[0]
+
+
+def test_generate_takes_what_the_context_holds(tmp_path):
+    """A session has room for 4,096 tokens unless it is told; and text where bytes meet the prompt's."""
+    source = tmp_path / "source"
+    shutil.copytree(MODEL, source)
+    edit_config(source, max_position_embeddings=8192)
+    convert(source, tmp_path / "out", drop=2)
+    said = generate(tmp_path / "out", TEXT * 210, new_tokens=3, device="cpu")
+    assert said.prompt_tokens > 4096
+    assert len(said.tokens) == 3
+    tokenizer = load_tokenizer(source)
+    for prompt in ("\N{LEFT DOUBLE QUOTATION MARK}", "x \N{GRINNING FACE}", "It was"):
+        shown: list[str] = []
+        said = generate(tmp_path / "out", prompt, new_tokens=6, device="cpu", write=shown.append)
+        assert "".join(shown) == said.text
+        assert said.text.strip() == tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
 
 
 def test_errors(session, pruned, ids):

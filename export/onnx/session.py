@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from export.onnx import GRAPH
-from export.onnx.staleness import check_fresh, graph_options
+from export.onnx.staleness import check_fresh, graph_options, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.errors import MachineError, PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder
@@ -35,6 +35,11 @@ _HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalizatio
 _BUCKET = 64
 _MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is taken only when asked for
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
+
+
+def context_of(checkpoint: Checkpoint) -> int:
+    """Tokens that the ``model.onnx`` beside these shards was made for."""
+    return graph_options(read_graph(checkpoint.path / GRAPH)).context or checkpoint.config["max_position_embeddings"]
 
 
 class OnnxSession:
@@ -57,7 +62,7 @@ class OnnxSession:
     ) -> None:
         checkpoint = open_checkpoint(directory)
         options = graph_options(check_fresh(checkpoint))
-        context = options.context or int(checkpoint.config["max_position_embeddings"])
+        context = context_of(checkpoint)
         if max_length is not None and not 1 <= max_length <= context:
             raise PruneAttnError(
                 f"max_length {max_length}: {checkpoint.path / GRAPH} was made for 1 to {context} tokens"
@@ -241,7 +246,11 @@ def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> 
             f"{path}: bfloat16 does not run on the CPU in ONNX Runtime; convert with --dtype float32"
             + (f" (CUDA was not taken: {reason})" if reason else ", or use --device cuda")
         )
-    return "cpu", _session(path, ["CPUExecutionProvider"]), reason
+    try:
+        return "cpu", _session(path, ["CPUExecutionProvider"]), reason
+    except Exception as error:  # ONNX Runtime's own classes
+        cure = f"; see prune-attn verify {checkpoint.path}"
+        raise PruneAttnError(f"{path}: ONNX Runtime cannot open it ({_one_line(error)}){cure}") from None
 
 
 def _session(path: Path, providers: list[Any]) -> Any:

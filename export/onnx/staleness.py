@@ -10,13 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from export.genai import GENAI_CONFIG
 from export.onnx import GRAPH, GraphOptions
 from export.onnx.graph import OPTIONS, SHARDS, VERSION, build_graph
-from pruner.checkpoint import Checkpoint
+from export.onnx.rope import inverse_frequencies
+from pruner.checkpoint import CONFIG, Checkpoint
+from pruner.checkpoint.directory import read_json
 from pruner.errors import PruneAttnError
+from pruner.plan import PLAN_FILE
+
+
+class DamagedGraphError(PruneAttnError):
+    """``model.onnx`` cannot be read, or holds nothing."""
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
@@ -24,9 +33,12 @@ def read_graph(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (FileNotFoundError, NotADirectoryError):
-        raise PruneAttnError(f"{path}: is missing; write it with prune-attn export {path.parent}") from None
+        output = "" if (path.parent / PLAN_FILE).is_file() else " OUTPUT"
+        raise PruneAttnError(f"{path}: is missing; write it with prune-attn export {path.parent}{output}") from None
     except DecodeError:
-        raise PruneAttnError(f"{path}: is damaged; write it again with prune-attn export {path.parent}") from None
+        model = None
+    if model is None or not model.graph.node:
+        raise DamagedGraphError(f"{path}: is damaged; write it again with prune-attn export {path.parent}")
     if SHARDS not in metadata(model):
         raise PruneAttnError(f"{path}: was not written by prune-attn; move it away, then prune-attn export")
     return model
@@ -45,8 +57,8 @@ def graph_options(model: onnx.ModelProto) -> GraphOptions:
         return GraphOptions()
 
 
-def changed_shards(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
-    """One line for each shard that is not the one that the graph was made over."""
+def changes(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
+    """One line for each shard that is not the one that the graph was made over, and for another configuration."""
     cure = f"write model.onnx again with prune-attn export {checkpoint.path} --accept-changes if that was meant"
     try:
         made_over = json.loads(metadata(model)[SHARDS])
@@ -64,12 +76,42 @@ def changed_shards(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[s
             yield f"{shard.path}: was rewritten after model.onnx was made; {cure}"
     for name in expected:
         yield f"{checkpoint.path / name}: model.onnx was made over it and it is no part of the model now; {cure}"
+    if what := _other_configuration(model, checkpoint):
+        yield f"{checkpoint.path / CONFIG}: {what} is not what model.onnx was made for; {cure}"
+
+
+def _other_configuration(model: onnx.ModelProto, checkpoint: Checkpoint) -> str | None:
+    """What the graph holds of the configuration and the shards do not show, where it differs."""
+    decoder = checkpoint.decoder
+    attributes: dict[str, Any] = {}
+    for node in model.graph.node:
+        attributes |= {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in attributes}
+    constants = {t.name: t for t in model.graph.initializer if t.name.startswith("rotary.")}
+
+    def constant(name: str, default: float) -> np.ndarray:
+        return onnx.numpy_helper.to_array(constants[name]) if name in constants else np.float32(default)
+
+    expected: dict[str, tuple[Any, Any]] = {
+        "rms_norm_eps": (attributes.get("epsilon"), float(checkpoint.config.get("rms_norm_eps", 1e-6)))
+    }
+    if any(decoder.attention):
+        frequencies, factor = inverse_frequencies(checkpoint.config, decoder.head_dim, checkpoint.path / CONFIG)
+        expected |= {
+            "num_attention_heads": (attributes.get("num_heads"), decoder.num_heads),
+            "num_key_value_heads": (attributes.get("kv_num_heads"), decoder.num_kv_heads),
+            "rope_theta or rope scaling": (constant("rotary.inv_freq", 0), frequencies),
+            "rope scaling": (constant("rotary.attention_factor", 1), factor),
+        }
+    return next(
+        (name for name, (has, wants) in expected.items() if not np.array_equal(has, np.asarray(wants, np.float32))),
+        None,
+    )
 
 
 def check_fresh(checkpoint: Checkpoint) -> onnx.ModelProto:
     """The graph beside a checkpoint's shards; ``PruneAttnError`` naming the shard where it is stale."""
     model = read_graph(checkpoint.path / GRAPH)
-    for problem in changed_shards(model, checkpoint):
+    for problem in changes(model, checkpoint):
         raise PruneAttnError(problem)
     return model
 
@@ -77,9 +119,13 @@ def check_fresh(checkpoint: Checkpoint) -> onnx.ModelProto:
 def graph_problems(checkpoint: Checkpoint, record: dict[str, Any] | None) -> Iterator[str]:
     """For ``verify``: stale shards, or a graph that is not what exporting with the same options would write."""
     path = checkpoint.path / GRAPH
+    linked = next((shard.path for shard in checkpoint.shards if shard.path.is_symlink()), None)
+    if linked is not None and not path.is_symlink():
+        yield f"{path}: is no link and {linked.name} is one, which ONNX Runtime refuses; link both, or neither"
+    yield from _genai_problems(checkpoint.path / GENAI_CONFIG)
     try:
         model = read_graph(path)
-        stale = list(changed_shards(model, checkpoint))
+        stale = list(changes(model, checkpoint))
         yield from stale
         if stale:
             return
@@ -89,6 +135,17 @@ def graph_problems(checkpoint: Checkpoint, record: dict[str, Any] | None) -> Ite
         return
     if _comparable(model) != _comparable(again):
         yield f"{path}: is not what prune-attn writes for these weights; write it again with prune-attn export"
+
+
+def _genai_problems(path: Path) -> Iterator[str]:
+    # its values are there to be changed
+    if path.is_file():
+        try:
+            sound = read_json(path)[0]["model"]["decoder"]["filename"] == GRAPH
+        except (PruneAttnError, LookupError, TypeError):
+            sound = False
+        if not sound:
+            yield f"{path}: is damaged, or for another graph; write it again with prune-attn export {path.parent}"
 
 
 def _comparable(model: onnx.ModelProto) -> bytes:

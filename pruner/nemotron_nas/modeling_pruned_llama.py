@@ -29,7 +29,14 @@ class PrunedLlamaDecoderLayer(LlamaDecoderLayer):
         return hidden_states
 
 
-class PrunedLlamaModel(LlamaModel):
+class WithoutStaleGraph:
+    def save_pretrained(self, save_directory, **kwargs):
+        super().save_pretrained(save_directory, **kwargs)
+        # a graph over the shards that were there before would compute garbage over the new ones
+        Path(save_directory, "model.onnx").unlink(missing_ok=True)
+
+
+class PrunedLlamaModel(WithoutStaleGraph, LlamaModel):
     config_class = PrunedLlamaConfig
     _no_split_modules = ["PrunedLlamaDecoderLayer"]
 
@@ -45,7 +52,7 @@ class PrunedLlamaModel(LlamaModel):
         self.post_init()
 
 
-class DeciLMForCausalLM(LlamaForCausalLM):
+class DeciLMForCausalLM(WithoutStaleGraph, LlamaForCausalLM):
     config_class = PrunedLlamaConfig
     _no_split_modules = ["PrunedLlamaDecoderLayer"]
 
@@ -53,11 +60,6 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = PrunedLlamaModel(config)
         self.post_init()
-
-    def save_pretrained(self, save_directory, **kwargs):
-        super().save_pretrained(save_directory, **kwargs)
-        # a graph over the shards that were there before would compute garbage over the new ones
-        Path(save_directory, "model.onnx").unlink(missing_ok=True)
 
 
 __all__ = ["DeciLMForCausalLM", "PrunedLlamaModel"]

@@ -15,6 +15,7 @@ from typing import Any
 from export import record
 from export.card import load_card, name_repository
 from export.licence import licence_notes, llama_licence
+from export.safetensors import SHARD_NAME
 from export.verify import verify
 from pruner import __version__
 from pruner.checkpoint.hub import ask, beside, is_hub_id, quiet
@@ -24,7 +25,8 @@ from pruner.plan import PLAN_FILE
 
 # What an earlier push may have left that this one does not replace: a loader would take it for part of this model.
 _OURS = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|model\.onnx|genai_config\.json|report/.+|"
+    SHARD_NAME.pattern
+    + r"|model\.safetensors\.index\.json|model\.onnx|genai_config\.json|report/.+|"
     + "|".join(map(re.escape, CODE_FILES))
 )
 

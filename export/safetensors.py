@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pruner.llama import WEIGHT_DTYPES, itemsize
 from pruner.nemotron_nas import dialect
 
 DATA_ALIGNMENT = 4096
+SHARD_NAME = re.compile(r"model((\.packed)?-\d+-of-\d+)?\.safetensors")  # as plan_shards, and transformers, name them
 _CHUNK = 16 << 20  # bytes the kernel copies a call; small enough that the disk and signals are not kept waiting
 
 Progress = Callable[[int], None]

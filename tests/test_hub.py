@@ -426,13 +426,16 @@ def test_only_what_prune_attn_wrote_is_pushed(hub, run, out, tmp_path):
     assert files(repo) == written | {"report/results.json", "report/plots/a.png"}
     assert repo.messages[repo.branches["main"]] == "Better"
     # what an earlier push left and would be taken for part of this model goes; the rest of the repository stays
-    repo.commit(
-        "main", repo.commits[repo.branches["main"]] | {"model-00001-of-00002.safetensors": b"x", "notes.md": b"x"}
-    )
+    stale = [
+        "model-00001-of-00002.safetensors",
+        "model.packed-00001-of-00001.safetensors",
+    ]  # the second a plain Llama's
+    repo.commit("main", repo.commits[repo.branches["main"]] | dict.fromkeys([*stale, "notes.md"], b"x"))
     shutil.rmtree(out / "report")
     done = run("push", "out", "user/pruned")
     assert files(repo) == written | {"notes.md"}
-    assert "model-00001-of-00002.safetensors, of an earlier push, was removed there" in done.stdout
+    for name in stale:
+        assert f"{name}, of an earlier push, was removed there" in done.stdout
 
 
 def test_what_is_not_pushed(hub, run, out, tmp_path):

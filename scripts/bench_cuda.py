@@ -205,6 +205,7 @@ def run_genai(dtype: str, directory: str) -> dict[str, Any]:
     onnxruntime.preload_dlls()  # genai looks for the same CUDA libraries
     import onnxruntime_genai as genai
     import torch
+    from compat_engines.genai import greedy
     from transformers import AutoModelForCausalLM
 
     from export.convert import convert
@@ -217,13 +218,7 @@ def run_genai(dtype: str, directory: str) -> dict[str, Any]:
     tokenizer = genai.Tokenizer(model)
     tokenizer.update_options(add_special_tokens="true")
     ids = [int(i) for i in tokenizer.encode("It was a dark and stormy night, and the")]
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(ids) + 64, do_sample=False)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(ids)
-    while not generator.is_done():
-        generator.generate_next_token()
-    got = [int(i) for i in generator.get_sequence(0)][len(ids) :]
+    got = greedy(model, ids, 64)
     reference = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
     want = reference.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=2)[0, len(ids) :]
     same = [a == b for a, b in zip(got, want.tolist(), strict=False)]
@@ -295,13 +290,11 @@ def bench(
     from export.convert import convert
     from export.deliver import export
     from pruner.checkpoint import open_checkpoint
-    from pruner.plan import parse_drop
     from pruner.summary import totals
 
     source, original, pruned, builder = (work / f"{shape}-{n}" for n in ("source", "original", "pruned", "builder"))
     prompts, times = results["prompts"], results["processes"]
-    count = parse_drop("33%", synthetic.SHAPES[shape][2]) if shape not in COUNTS else COUNTS[shape]
-    results["shapes"].append(run := {"shape": shape, "dropped": count, "rows": [], "lengths": {"failed": "not run"}})
+    results["shapes"].append(run := {"shape": shape, "dropped": 0, "rows": [], "lengths": {"failed": "not run"}})
 
     def add(model: str, runner: str, measured: dict[str, Any], directory: Path) -> None:
         checkpoint = open_checkpoint(directory)
@@ -335,9 +328,9 @@ def bench(
     shutil.rmtree(source)
     directories = {"original": original}
     if "pruned" not in without:
-        convert(original, pruned, drop=count)
+        run["dropped"] = len(convert(original, pruned, drop=synthetic.THIRD.get(shape, "33%")).plan.attention)
         export(pruned, last_token_logits=True)
-        directories[f"{count} dropped"] = pruned
+        directories[f"{run['dropped']} dropped"] = pruned
     for graph in (True, False):
         for model, directory in directories.items() if wanted(graph) else ():
             measured = jobs(times, "ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
@@ -349,9 +342,6 @@ def bench(
         add("original", "transformers" + ", compiled" * compiled, measured, original)
     for directory in () if keep else (original, pruned):
         shutil.rmtree(directory, ignore_errors=True)
-
-
-COUNTS = {"7b": 10, "13b": 13}  # the paper's 33%, as whole numbers
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -418,18 +408,12 @@ def main() -> None:
         bandwidth = job("bandwidth")
         if "failed" in bandwidth:
             sys.exit("this needs a CUDA GPU and a PyTorch that sees it: " + bandwidth["failed"])
-        from importlib.metadata import PackageNotFoundError, version
-
-        def found(package: str) -> str:
-            try:
-                return version(package)
-            except PackageNotFoundError:
-                return "absent"
+        from export.report.facts import package_version
 
         packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
         results: dict[str, Any] = {
             "date": date.today().isoformat(), "device": bandwidth["device"], "bandwidth": bandwidth["bytes_per_s"],
-            "versions": {p: found(p) for p in packages}, "prompts": prompts,
+            "versions": {p: package_version(p) or "absent" for p in packages}, "prompts": prompts,
             "processes": arguments.processes, "correct": {}, "genai": {}, "shapes": [],
         }  # fmt: skip
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-DROP = {"7b": 10, "13b": 13}  # the paper's 33%, as whole numbers
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
             say(f"{shape}: making the model")
             synthetic.make(source, shape, laid_out=True)
             say(f"{shape}: pruning")
-            convert(source, pruned, drop=DROP.get(shape, "33%"))
+            convert(source, pruned, drop=synthetic.THIRD.get(shape, "33%"))
             options = {
                 "output": arguments.output / shape, "device": arguments.device, "batch": arguments.batch,
                 "prompt": arguments.prompt, "new-tokens": arguments.new_tokens, "repeats": arguments.repeats,

@@ -21,6 +21,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key/value heads
     "13b": (5120, 13824, 40, 40, 40),
     "70b": (8192, 28672, 80, 64, 8),
 }
+THIRD = {"7b": 10, "13b": 13}  # the paper's 33% of the attentions, as whole numbers
 
 
 def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000, laid_out: bool = False) -> int:

@@ -17,12 +17,17 @@ def run(request):
     ids, tokens = [], []
     for text, prompt in zip(request["texts"], request["prompts"], strict=True):
         ids.append(bos + list(map(int, tokenizer.encode(text))))
-        parameters = genai.GeneratorParams(model)
-        length = len(prompt) + request["new_tokens"]
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(prompt)
-        while not generator.is_done():
-            generator.generate_next_token()
-        tokens.append(list(map(int, generator.get_sequence(0)[len(prompt) :])))
+        tokens.append(greedy(model, prompt, request["new_tokens"], min_length=len(prompt) + request["new_tokens"]))
     return {"version": genai.__version__, "ids": ids, "tokens": tokens}
+
+
+def greedy(model, prompt, new_tokens, **search):
+    import onnxruntime_genai as genai
+
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False, **search)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(map(int, generator.get_sequence(0)[len(prompt) :]))

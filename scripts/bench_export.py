@@ -1,6 +1,6 @@
 """Export a synthetic Llama to ONNX: ours beside the onnxruntime-genai model builder, each in a process of its own.
 
-    scripts/bench_export [--shape small|7b] [--json] [--ours-only]
+    scripts/bench_export [--shape SHAPE] [--json] [--ours-only]     # SHAPE: of scripts/synthetic.py
 
 Time is the whole process with its imports, memory the peak resident set of that process, bytes what was written.
 Weights are zeros in a sparse file: neither way's cost depends on their values.
@@ -11,49 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from math import prod
 from pathlib import Path
 
-SHAPES = {  # hidden, intermediate, layers, heads, vocabulary
-    "small": (1024, 2816, 12, 16, 32000),
-    "7b": (4096, 11008, 32, 32, 32000),
-}
+from synthetic import SHAPES, make
 
-
-def synthetic(directory: Path, shape: str) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from pruner.llama import Decoder
-
-    hidden, intermediate, layers, heads, vocab = SHAPES[shape]
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": heads, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float16",
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    record = {"format": "prune-attn plan", "files": {}, "source": {}, "attention": [], "mlp": []}
-    (directory / "pruning_plan.json").write_text(json.dumps(record))  # so that export takes it as its own, in place
-    for file in (Path(__file__).parents[1] / "tests/data/gutenberg-llama-5m").glob("tokenizer*"):
-        (directory / file.name).write_bytes(file.read_bytes())  # the builder wants one
-    header, offset = {}, 0
-    for name, dims in Decoder.from_config(config, directory).tensors().items():
-        end = offset + 2 * prod(dims)
-        header[name] = {"dtype": "F16", "shape": dims, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 4096)
-    path = directory / "model.safetensors"
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + offset)
+ROOT = Path(__file__).parents[1]
 
 
 def measured(command: list[str], written: Path, before: set[str]) -> dict[str, float]:
-    root = Path(__file__).parents[1]
     wrapper = (
         "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:], stdout=2).returncode;"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
@@ -63,7 +33,7 @@ def measured(command: list[str], written: Path, before: set[str]) -> dict[str, f
         [sys.executable, "-c", wrapper, *command],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     seconds = time.perf_counter() - start
     if done.returncode:
@@ -80,8 +50,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         source, theirs = Path(temporary, "source"), Path(temporary, "builder")
-        source.mkdir(), theirs.mkdir()
-        synthetic(source, arguments.shape)
+        theirs.mkdir()
+        make(source, arguments.shape, shard_bytes=1 << 60, laid_out=True, sparse=True)
+        record = {"format": "prune-attn plan", "files": {}, "source": {}, "attention": [], "mlp": []}
+        (source / "pruning_plan.json").write_text(json.dumps(record))  # so that export takes it as its own, in place
+        for file in (ROOT / "tests/data/gutenberg-llama-5m").glob("tokenizer*"):
+            shutil.copy(file, source)  # the builder wants one
         before = {file.name for file in source.iterdir()}
         rows = {
             "prune-attn export": measured([sys.executable, "-m", "export.cli", "export", str(source)], source, before)

@@ -15,6 +15,7 @@ import numpy as np
 from pruner.llama import Decoder
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads
+    "small": (1024, 2816, 12, 16, 16),
     "500mb": (1024, 2816, 16, 16, 16),
     "2gb": (2048, 5632, 20, 16, 16),
     "7b": (4096, 11008, 32, 32, 32),
@@ -24,10 +25,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key/value heads
 THIRD = {"7b": 10, "13b": 13}  # the paper's 33% of the attentions, as whole numbers
 
 
-def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000, laid_out: bool = False) -> int:
+def make(
+    directory: Path, shape: str, shard_bytes: int = 5_000_000_000, laid_out: bool = False, sparse: bool = False
+) -> int:
     """Write the checkpoint into a new directory; returns the bytes of weights.
 
-    ``laid_out``: in the order that a graph over the files wants, so that nobody has to copy it for that.
+    ``laid_out``: in the order that a graph over the files wants, so that nobody has to copy it for that. ``sparse``:
+    zeros that take no room on the disk.
     """
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
     config = {
@@ -65,6 +69,10 @@ def make(directory: Path, shape: str, shard_bytes: int = 5_000_000_000, laid_out
         text += b" " * (-len(text) % 8)
         with open(directory / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
+            if sparse:
+                out.truncate(out.tell() + offset)
+                out.seek(0, os.SEEK_END)
+                offset = 0
             while offset:
                 offset -= out.write(noise[: min(offset, len(noise))])
             total += out.tell()

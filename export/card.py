@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export import record
 from export.deliver import replace_files
 from export.licence import Licence, llama_licence
-from pruner.errors import MachineError, PruneAttnError
+from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.nemotron_nas.dialect import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def load_card(directory: Path) -> ModelCard:
     except FileNotFoundError:
         raise PruneAttnError(f"{path}: is missing; convert again, or write one") from None
     except Exception as error:  # YAML, and whatever its values are not
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise PruneAttnError(f"{path}: its metadata is not what the Hub takes ({reason}); correct it") from None
 
 

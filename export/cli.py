@@ -16,6 +16,7 @@ import click
 
 from pruner import __version__
 from pruner.errors import PruneAttnError
+from pruner.select import OBJECTIVES, POSITIONAL, STRATEGIES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
 _PATH = click.Path()
 _REVISION = click.option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
 _CACHE = click.option("--cache-dir", type=_PATH, help="Where a Hub id is fetched to.  [default: the Hub's cache]")
-_STRATEGIES = ["last", "keep-last", "similarity", "search", "exhaustive"]
 
 
 def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, used as the options beside it are
     """What ``select`` and ``convert`` have in common."""
-    kinds, devices, strategies = (click.Choice(c) for c in (["kl", "ce"], ["cpu", "cuda"], _STRATEGIES))
+    kinds, devices, strategies = (click.Choice(c) for c in (OBJECTIVES, ("cpu", "cuda"), STRATEGIES))
     for name, settings in (
         ("--resume", {"is_flag": True, "help": "Go on from where a stopped run got to, to the same plan."}),
         ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
@@ -152,7 +152,7 @@ def convert(
             raise PruneAttnError(
                 "--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards"
             )
-        chosen_by_text = options["strategy"] not in (None, "last", "keep-last")
+        chosen_by_text = options["strategy"] not in (None, *POSITIONAL)
         if not chosen_by_text and validation_text is None:  # what is measured on must not be what was chosen by
             validation_text, options["text"] = options["text"], None
         if validation_text is not None:

@@ -151,6 +151,15 @@ def write_file(path: Path, data: bytes) -> Path:
     return path
 
 
+def replace_file(path: Path, data: bytes) -> Path:
+    """Write a small file in one step: a reader, or who comes after a kill, finds the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    write_file(new, data)
+    os.replace(new, path)
+    return path
+
+
 class disk_errors:  # noqa: N801, reads as a statement
     """Turn an ``OSError`` of writing ``path`` into a ``MachineError`` that says what to do."""
 

@@ -16,20 +16,22 @@ from typing import Any
 import numpy as np
 
 from export import record
+from export.card import update_card
 from export.footprint import footprint, open_model
 from export.onnx import GRAPH
 from export.report import FORMAT, RESULTS, VERSION, same
-from export.report.facts import environment, identity, model_facts, pruning_facts
+from export.report.facts import environment, identity, model_facts, package_version, pruning_facts
 from export.report.gates import Limits, check
 from export.report.graphs import Graphs
 from export.report.parts import FOLDER, Parts
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.checkpoint.hub import fetch
-from pruner.errors import MachineError, PruneAttnError
+from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
 from pruner.llama import WEIGHT_DTYPES
+from pruner.model import check_cuda
 from pruner.text import Text, load_tokenizer, read_text
 
 PARTS = ("same-function", "accuracy", "tasks", "latency")
@@ -156,15 +158,7 @@ class _Run:
         self.cases = self._cases() if "latency" in self.parts_wanted else []
         self.tasks = self._task_names()
         self.limits.need(self.parts_wanted, bool(self.tasks))
-        from importlib.metadata import PackageNotFoundError, version
-
-        def found(package: str) -> str | None:
-            try:
-                return version(package)
-            except PackageNotFoundError:
-                return None
-
-        packages = [found(p) for p in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "lm_eval")]
+        packages = [package_version(p) for p in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "lm_eval")]
         key = [VERSION, __version__, *map(identity, self.checkpoints.values()), self.device, self.dtypes, packages]
         self.parts = Parts(self.output, [*key, self.seed])
         self.models: dict[str, Any] = {}
@@ -597,7 +591,7 @@ class _Run:
         try:
             self.results["latency"]["torch-compiled"] = self._latency("torch-compiled", None)
         except Exception as error:
-            self.notes.append(f"transformers compiled could not be measured: {' '.join(str(error).split())[:160]}")
+            self.notes.append(f"transformers compiled could not be measured: {one_line(error, 160)}")
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -647,10 +641,7 @@ class _Run:
         self.parts.remove()
         pruned = self.checkpoints["pruned"].path
         if not broken and self.output.resolve().is_relative_to(pruned.resolve()) and record.read_record(pruned):
-            from export import card
-
-            if hasattr(card, "update_card"):
-                card.update_card(pruned, self.results)
+            update_card(pruned, self.results)
         return Validation(self.results, self.output, 1 if broken else 3 if problems else 0, problems)
 
 
@@ -669,8 +660,8 @@ def _device(asked: str) -> str:
         raise PruneAttnError(f"unknown device {asked!r}; choose auto, cpu or cuda")
     import torch
 
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+    if asked == "cuda":
+        check_cuda()
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 

@@ -98,12 +98,11 @@ def verify(
 
 
 def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
-    headers = {shard.path.name: shard for shard in checkpoint.shards}
+    headers, export = {shard.path.name: shard for shard in checkpoint.shards}, f"prune-attn export {output}"
     for name, fact in facts["files"].items():
         path, shard = output / name, headers.pop(name, None)
         if not path.is_file():
-            again = "prune-attn export" if name in (GRAPH, GENAI_CONFIG) else "convert"
-            yield f"{path}: is missing; {again}{f' {output}' if again != 'convert' else ' again'}"
+            yield f"{path}: is missing; {export if name in (GRAPH, GENAI_CONFIG) else 'convert again'}"
         elif shard is not None and shard.size != fact.get("size"):
             yield f"{path}: has {shard.size} bytes, {fact.get('size')} were written; convert again"
         elif shard is not None and shard.header_sha256 != fact.get("header_sha256"):

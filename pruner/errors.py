@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What somebody else's exception says, for a message of ours: in one line, of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 class PruneAttnError(Exception):
     """Bad input: the message is one line that names the file and the cure. The command exits with 2."""
 

@@ -72,8 +72,8 @@ class TorchLanguageModel:
         logging.disable_progress_bar()
 
         checkpoint = open_checkpoint(directory)
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+        if device.startswith("cuda"):
+            check_cuda()
         pruned = checkpoint.config["model_type"] == dialect.MODEL_TYPE
         kind, config = (DeciLMForCausalLM, PrunedLlamaConfig) if pruned else (LlamaForCausalLM, LlamaConfig)
         # from the tensors, not the directory: one way for every format, and no pickle is run
@@ -140,7 +140,7 @@ class TorchLanguageModel:
     def logits(self, input_ids: np.ndarray) -> Logits:
         import torch
 
-        with _inference():
+        with inference():
             out = self.model(input_ids=torch.as_tensor(input_ids, device=self.device), use_cache=False)
         return out.logits.float().cpu().numpy()
 
@@ -178,7 +178,7 @@ class TorchLanguageModel:
         if self._mask.shape[1] > self.max_length:
             raise PruneAttnError(f"the context of {self.max_length} tokens is full; give a shorter prompt")
         positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with _inference():
+        with inference():
             out = self.model(
                 input_ids=ids,
                 attention_mask=self._mask,
@@ -190,8 +190,16 @@ class TorchLanguageModel:
         return out.logits[:, -1].float().cpu().numpy()
 
 
+def check_cuda() -> None:
+    """``PruneAttnError`` where PyTorch cannot run on CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+
+
 @contextmanager
-def _inference() -> Iterator[None]:
+def inference() -> Iterator[None]:
     """No gradients, and no cuDNN attention: on Hopper it plans anew for every length, 5 ms a layer and token."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

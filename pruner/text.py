@@ -13,7 +13,7 @@ import numpy as np
 
 from pruner.checkpoint.meta import meta_parts
 from pruner.checkpoint.meta_files import meta_files
-from pruner.errors import PruneAttnError
+from pruner.errors import PruneAttnError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
         try:
             return AutoTokenizer.from_pretrained(str(place))
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error, 120)
             raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from synthetic import SHAPES, make
 
 from pruner import open_checkpoint
-from pruner.model import TorchLanguageModel, _inference
+from pruner.model import TorchLanguageModel, inference
 from pruner.select import selection
 from pruner.select.job import how_many, windows
 from pruner.text import load_tokenizer, read_text
@@ -36,7 +36,7 @@ def naive(source: Path, text: Path, drop: int, samples: int, length: int, device
         return model.model.model(input_ids=part, use_cache=False).last_hidden_state[:, :-1]
 
     started, evaluations, dropped = time.monotonic(), 0, []
-    with _inference():
+    with inference():
         original = [states(part) for part in ids.split(size)]
         for _ in range(drop):
             losses = {}

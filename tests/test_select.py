@@ -75,6 +75,18 @@ def test_losses_are_those_of_plain_transformers(make_llama, sublayer):
             )
 
 
+def test_a_tied_model_with_a_head_of_its_own(make_llama):
+    """transformers leaves the two as they are where they differ, and so do the graph and ``TorchLanguageModel``."""
+    source = make_llama("tied", tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].roll(7, 0).contiguous()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    ids, sets = oracle.ids(4, 24).numpy(), [frozenset(), frozenset({2})]
+    got = Evaluator(open_checkpoint(source), ids, sublayer="attention", objective="ce").losses(sets)
+    expected = [plain_losses(source, ids, "attention", s)[0] for s in sets]
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
 def test_similarity_is_llm_drops(ids):
     model, seen, got = oracle.original(SHIPPED), {}, {}
     for i, layer in enumerate(model.model.layers):

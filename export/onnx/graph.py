@@ -223,8 +223,7 @@ class _Builder:
         x, _ = self.norm(residual, update, "model.norm")
         if last_token_logits:
             x = self.last_tokens(x)
-        tied = d.tied and "lm_head.weight" not in self.checkpoint.tensors
-        head = self.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = self.tensor(self.checkpoint.head)
         wide = self.element != TensorProto.FLOAT  # widened on the device: hosts do it slowly, or cannot (bfloat16)
         logits = self.node(f"{_MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)
         if wide:

@@ -20,7 +20,7 @@ import numpy as np
 from export.onnx import GRAPH
 from export.onnx.staleness import check_fresh, graph_options, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.errors import MachineError, PruneAttnError
+from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.llama import WEIGHT_DTYPES, Decoder
 from pruner.model import Logits
 
@@ -163,7 +163,7 @@ class OnnxSession:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, self.device, 0)
         except Exception as error:  # ONNX Runtime's own classes
             raise MachineError(
-                f"no memory for {list(shape)} on {self.device} ({_one_line(error)}); lower the batch or max_length"
+                f"no memory for {list(shape)} on {self.device} ({one_line(error)}); lower the batch or max_length"
             ) from None
 
     def _buffer(self, shape: Sequence[int]) -> Any:
@@ -208,7 +208,7 @@ class OnnxSession:
         except Exception as error:
             if "llocat" in str(error):
                 raise MachineError(
-                    f"{self.device} has no memory for {list(ids.shape)} tokens ({_one_line(error)}); "
+                    f"{self.device} has no memory for {list(ids.shape)} tokens ({one_line(error)}); "
                     "give fewer at a time, or export with --last-token-logits"
                 ) from None
             raise
@@ -250,7 +250,7 @@ def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> 
         return "cpu", _session(path, ["CPUExecutionProvider"]), reason
     except Exception as error:  # ONNX Runtime's own classes
         cure = f"; see prune-attn verify {checkpoint.path}"
-        raise PruneAttnError(f"{path}: ONNX Runtime cannot open it ({_one_line(error)}){cure}") from None
+        raise PruneAttnError(f"{path}: ONNX Runtime cannot open it ({one_line(error)}){cure}") from None
 
 
 def _session(path: Path, providers: list[Any]) -> Any:
@@ -285,8 +285,8 @@ def _cuda_session(path: Path, decoder: Decoder, cuda_graph: bool) -> Any:
             session = _session(path, [provider])
     except Exception as error:
         if "llocat" in str(error):
-            raise MachineError(f"{path}: the GPU's memory is too small ({_one_line(error)})") from None
-        raise PruneAttnError(f"{path}: CUDA was asked for and failed ({_one_line(error)})") from None
+            raise MachineError(f"{path}: the GPU's memory is too small ({one_line(error)})") from None
+        raise PruneAttnError(f"{path}: CUDA was asked for and failed ({one_line(error)})") from None
     finally:
         onnxruntime.set_default_logger_severity(2)  # its default
     if _CUDA not in session.get_providers():
@@ -343,7 +343,3 @@ def _check_cuda(capi: Path) -> int:
     major = ctypes.c_int(0)
     driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, 0)
     return major.value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

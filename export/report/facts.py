@@ -33,7 +33,7 @@ def environment(device: str) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in _PACKAGES if (found := package_version(name))},
         "prune_attn": {"version": pruner.__version__, "commit": _commit()},
         "gpu": None,
     }
@@ -87,8 +87,8 @@ def identity(checkpoint: Checkpoint) -> list[Any]:
 
 def _read_by_row(checkpoint: Checkpoint) -> int:
     """Bytes of an embedding table that is not the head too: one row of it is read a token."""
-    table = checkpoint.tensors.get("model.embed_tokens.weight")
-    return 0 if table is None or checkpoint.decoder.tied else table.nbytes
+    name = "model.embed_tokens.weight"
+    return 0 if checkpoint.head == name else checkpoint.tensors[name].nbytes
 
 
 def _file_sha256(path: Path) -> str:
@@ -96,7 +96,8 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """``None`` where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

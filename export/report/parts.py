@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from export.safetensors import write_file
+from export.safetensors import replace_file
 
 FOLDER = "unfinished"
 
@@ -43,11 +42,7 @@ class Parts:
         """The value as it will be read again, so that a run that was stopped and one that was not agree."""
         value = json.loads(json.dumps(value, allow_nan=False))
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(name)
-        temporary = path.with_suffix(".new")
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, json.dumps({"key": _digest([self._key, options]), "value": value}).encode())
-        os.replace(temporary, path)
+        replace_file(self._path(name), json.dumps({"key": _digest([self._key, options]), "value": value}).encode())
         return value
 
     def _path(self, name: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export.report import FORMAT, RESULTS, VERSION, content, plots
-from export.safetensors import write_file
+from export.safetensors import replace_file
 from pruner import __version__
 from pruner.checkpoint.directory import read_json
 from pruner.errors import PruneAttnError
@@ -154,14 +154,7 @@ def _write(output: Path, files: dict[str, bytes]) -> list[Path]:
         path = output / name
         if path.is_file():
             path.unlink()
-    written = []
-    for name, data in files.items():
-        temporary = output / f".{name}.new"
-        temporary.unlink(missing_ok=True)
-        write_file(temporary, data)
-        os.replace(temporary, output / name)
-        written.append(output / name)
-    return written
+    return [replace_file(output / name, data) for name, data in files.items()]
 
 
 # -- Markdown and HTML -------------------------------------------------------------------------------------------------

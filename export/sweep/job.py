@@ -187,14 +187,15 @@ def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str,
     """What it runs on: the device and the dtype that are taken, and what the record says of both."""
     import torch
 
+    from pruner.model import check_cuda
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         hardware, dtype = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", dtype or "float32"
-    elif torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name(device)
     else:
-        raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+        check_cuda()
+        hardware = torch.cuda.get_device_name(device)
     tools = {"prune-attn": __version__, "torch": torch.__version__, "transformers": version("transformers")}
     return device, dtype, {"device": device, "hardware": hardware, "versions": tools}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.safetensors import replace_file
 from pruner.errors import PruneAttnError
 
 STATE = "progress.json"
@@ -77,7 +78,5 @@ def kept(output: Path, setting: dict[str, Any]) -> Iterator[Kept]:
 
 
 def write_whole(file: Path, value: Any) -> None:
-    """Write JSON in one step: a reader, or who comes after a kill, finds the old file or the new one."""
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    os.replace(new, file)
+    """Write JSON in one step."""
+    replace_file(file, (json.dumps(value, indent=2) + "\n").encode())

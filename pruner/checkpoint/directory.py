@@ -20,8 +20,8 @@ from pruner.llama import UNQUANTISED, Decoder, check_not_quantised, check_tensor
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PYTORCH = "pytorch_model.bin"
-_PYTORCH_INDEX = "pytorch_model.bin.index.json"
+PYTORCH = "pytorch_model.bin"
+PYTORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of weights, headers not counted."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def head(self) -> str:
+        """The name of the output head: its own, also where the model is tied and has one, or the embedding's."""
+        return "lm_head.weight" if "lm_head.weight" in self.tensors else "model.embed_tokens.weight"
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -144,7 +149,7 @@ def _instead(directory: Path) -> str:
     if "adapter_config.json" in names:
         return "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
     if _weights(directory) is None and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
-        return f"its PyTorch files must be called {_PYTORCH}, as its index says, or consolidated.00.pth and so on"
+        return f"its PyTorch files must be called {PYTORCH}, as its index says, or consolidated.00.pth and so on"
     if _weights(directory) is None and any(name.endswith(".safetensors") for name in names):
         return f"its safetensors must be called {WEIGHTS}, as its index says; if they are quantised, {UNQUANTISED}"
     return "give the directory that transformers' save_pretrained, a Hub download or Meta's download made"
@@ -152,7 +157,7 @@ def _instead(directory: Path) -> str:
 
 def _weights(directory: Path) -> tuple[str, str, Callable[[Path], Shard]] | None:
     """The single file's name, the index's, and the reader; ``None`` where there are no weights of Hugging Face's."""
-    for single, index, read in ((WEIGHTS, INDEX, read_shard), (_PYTORCH, _PYTORCH_INDEX, read_pickled)):
+    for single, index, read in ((WEIGHTS, INDEX, read_shard), (PYTORCH, PYTORCH_INDEX, read_pickled)):
         if os.path.lexists(directory / single) or (directory / index).is_file():
             return single, index, read
     return None
@@ -215,7 +220,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     decoder = Decoder.from_config(config, directory / CONFIG)
     if weights is None:
         raise PruneAttnError(
-            f"{directory}: is not a checkpoint, it has no {WEIGHTS}, {INDEX} or {_PYTORCH}; {_instead(directory)}"
+            f"{directory}: is not a checkpoint, it has no {WEIGHTS}, {INDEX} or {PYTORCH}; {_instead(directory)}"
         )
     single, index, read = weights
     names, weight_map = _shard_names(directory, single, index)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pruner.checkpoint.tensor import DTYPE_BYTES, Shard, Tensor
-from pruner.errors import PruneAttnError
+from pruner.errors import PruneAttnError, one_line
 from pruner.llama import UNQUANTISED
 
 GGML = (b"GGUF", b"lmgg", b"tjgg", b"fmgg")
@@ -85,7 +85,7 @@ def read_shard(path: Path) -> Shard:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise bad(f"its header cannot be read ({_one_line(error)})") from None
+        raise bad(f"its header cannot be read ({one_line(error)})") from None
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
 
@@ -122,7 +122,3 @@ def read_shard(path: Path) -> Shard:
     if position < size:
         raise bad(f"has {size - position} bytes that its header does not mention")
     return Shard(path, size, hashlib.sha256(raw).hexdigest(), tensors)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -22,21 +22,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pruner.checkpoint.companions import is_companion
-from pruner.checkpoint.directory import CONFIG, INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from pruner.checkpoint.directory import (
+    CONFIG,
+    INDEX,
+    PYTORCH,
+    PYTORCH_INDEX,
+    WEIGHTS,
+    Checkpoint,
+    open_checkpoint,
+)  # fmt: skip
+from pruner.checkpoint.header import MAX_HEADER_BYTES
+from pruner.checkpoint.meta import PARAMS, PART
 from pruner.errors import MachineError, PruneAttnError
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_META = re.compile(r"consolidated\.\d+\.pth")
 _PLAN = "pruning_plan.json"  # of what was pruned before; percentages are of the never-pruned model
 _BESIDES = (_PLAN, "README.md")  # the latter says licence and language
 _TRIES = 4  # waiting 1, 2 and 4 seconds, or as long as the Hub says
 _PATIENCE = 120  # the longest wait, in seconds, that the Hub may ask for
 _FIRST = 100_000  # bytes: most headers are shorter, so that one request does
-_LONGEST = 100_000_008  # what a header may be, by the safetensors library
 
 
 def is_hub_id(text: str) -> bool:
@@ -163,7 +170,7 @@ class HubModel:
                 f"{self.repo_id}: has {gguf} weights that can be read; give a repository with safetensors"
             )
         extra = ("model.onnx", "genai_config.json") if runtime else ()
-        others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, "params.json", *_BESIDES, *extra)]
+        others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, PARAMS, *_BESIDES, *extra)]
         return self._download([*others, *weights], progress)
 
     def _safetensors(self, directory: Path) -> list[str]:
@@ -182,11 +189,11 @@ class HubModel:
     def _pytorch(self) -> list[str]:
         """PyTorch's files, where there are no safetensors: the Hugging Face form, or else Meta's own."""
         assert self.sizes is not None
-        if _BIN in self.sizes:
-            return [_BIN]
-        if _BIN_INDEX in self.sizes:
-            return [_BIN_INDEX, *self._indexed(self._download([_BIN_INDEX]) / _BIN_INDEX)]
-        return [name for name in self.sizes if _META.fullmatch(name)]
+        if PYTORCH in self.sizes:
+            return [PYTORCH]
+        if PYTORCH_INDEX in self.sizes:
+            return [PYTORCH_INDEX, *self._indexed(self._download([PYTORCH_INDEX]) / PYTORCH_INDEX)]
+        return [name for name in self.sizes if PART.fullmatch(name)]
 
     def _stand_in(self, shard: Path, place: Path) -> None:
         """Make ``place`` look like ``shard`` to who reads headers: the header, and a hole as long as the data."""
@@ -203,7 +210,7 @@ class HubModel:
 
         raw = get(0, min(size, _FIRST))
         end = min(8 + int.from_bytes(raw[:8], "little"), size)
-        if len(raw) < end <= _LONGEST:
+        if len(raw) < end <= 8 + MAX_HEADER_BYTES:
             raw += get(len(raw), end)
         with open(place, "wb") as file:
             file.write(raw[:end])

@@ -19,7 +19,7 @@ from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder
 
 PARAMS = "params.json"
-_PART = re.compile(r"consolidated\.(\d{2})\.pth")
+PART = re.compile(r"consolidated\.(\d{2})\.pth")
 _BUFFERS = re.compile(r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs")  # recomputed by who runs it
 _THETAS = {10000.0: 4096, 1000000.0: 16384}  # params.json does not say the context: Llama 2's and CodeLlama's
 
@@ -39,7 +39,7 @@ _NAMES = {
 
 def meta_parts(directory: Path) -> list[Path]:
     """The parts in a directory, in order; empty where it is not Meta's distribution."""
-    return sorted(path for path in directory.glob("consolidated.*.pth") if _PART.fullmatch(path.name))
+    return sorted(path for path in directory.glob("consolidated.*.pth") if PART.fullmatch(path.name))
 
 
 def read_meta(directory: Path, params: Any) -> tuple[dict[str, Any], tuple[Shard, ...], Decoder, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pruner.errors import MachineError, PruneAttnError
+from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _task_file(path: Path, functions: bool = False) -> dict[str, Any]:
     try:
         fields = load_yaml(path, resolve_func=functions)
     except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
-        raise PruneAttnError(f"{path}: is not a task file ({_line(error)}); see docs/tasks.md") from None
+        raise PruneAttnError(f"{path}: is not a task file ({one_line(error)}); see docs/tasks.md") from None
     if not isinstance(fields.get("task"), str):
         raise PruneAttnError(f"{path}: names no task; it needs a line `task: NAME`, see docs/tasks.md")
     return fields
@@ -237,7 +237,7 @@ def _load(task: _Task, cache: str, seed: int) -> TaskDict:
         raise
     except Exception as error:  # datasets, the Hub's client and the tasks' own code raise what they like
         raise PruneAttnError(
-            f"task {task.name}: its data cannot be loaded ({type(error).__name__}: {_line(error)}); "
+            f"task {task.name}: its data cannot be loaded ({type(error).__name__}: {one_line(error)}); "
             + (
                 "see docs/tasks.md"
                 if path
@@ -293,7 +293,7 @@ def _evaluate(
     from lm_eval.evaluator import evaluate
 
     from pruner.evaluate.harness import LanguageModelLM, QuietHFLM
-    from pruner.model import TorchLanguageModel, _inference
+    from pruner.model import TorchLanguageModel, inference
 
     report = (lambda so_far, total: progress(str(task), so_far, total)) if progress else None
     options = {"batch": batch, "max_length": max_length or model.max_length, "report": report}
@@ -309,16 +309,16 @@ def _evaluate(
         lm.truncated = 0
         full = None
         try:
-            with _inference(), contextlib.redirect_stdout(io.StringIO()):
+            with inference(), contextlib.redirect_stdout(io.StringIO()):
                 results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
             break
         except (MachineError, MemoryError, torch.OutOfMemoryError) as error:
             full = error
         except (AssertionError, ValueError, NotImplementedError) as error:
-            raise PruneAttnError(f"task {task.name}: {_line(error)}") from error
+            raise PruneAttnError(f"task {task.name}: {one_line(error)}") from error
         # out of the handler, whose traceback would keep the memory
         if lm.batch_size == 1:
-            raise MachineError(f"task {task.name}: out of memory with a batch of 1 ({_line(full)})") from None
+            raise MachineError(f"task {task.name}: out of memory with a batch of 1 ({one_line(full)})") from None
         lm.batch_size_per_gpu = max(1, lm.batch_size // 2)
         torch.cuda.empty_cache()
     notes = []
@@ -393,10 +393,6 @@ def _number(value: Any) -> float | int | None:
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() else value
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Strategies: each gives the order in which a model's sublayers would go."""
 
-from pruner.select.job import CALIBRATED, OBJECTIVES, Selection, select, selection
+from pruner.select.job import CALIBRATED, Selection, select, selection
 from pruner.select.positional import POSITIONAL, positional_order
+from pruner.select.search import OBJECTIVES
 
 STRATEGIES = (*POSITIONAL, *CALIBRATED)
 

@@ -14,15 +14,13 @@ import numpy as np
 
 from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.load import load_tensor
-from pruner.errors import MachineError, PruneAttnError
+from pruner.errors import MachineError
 from pruner.llama import WEIGHT_DTYPES
 from pruner.select.memory import Room, room
+from pruner.select.search import Dropped, check_objective
 
 if TYPE_CHECKING:
     import torch
-
-Dropped = frozenset[int]
-OBJECTIVES = ("kl", "ce")
 
 
 class Evaluator:
@@ -49,8 +47,7 @@ class Evaluator:
     ) -> None:
         import torch
 
-        if objective not in OBJECTIVES:
-            raise PruneAttnError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        check_objective(objective)
         self.checkpoint, self.sublayer, self.objective, self.device = checkpoint, sublayer, objective, device
         self.decoder = checkpoint.decoder
         self.samples, self.length = ids.shape
@@ -66,8 +63,7 @@ class Evaluator:
         self._ids = torch.from_numpy(np.ascontiguousarray(ids))
         self._layers = _Layers(checkpoint, self._dtype, device, self.room.resident)
         self._embedding = load_tensor(checkpoint.tensors["model.embed_tokens.weight"])  # stays mapped
-        head = "model.embed_tokens.weight" if self.decoder.tied else "lm_head.weight"
-        self._head = self._load(head if head in checkpoint.tensors else "model.embed_tokens.weight")
+        self._head = self._load(checkpoint.head)
         self._norm = self._layers.norm(self._load("model.norm.weight"))
         self._rotary = self._layers.rotary(self._embedding.new_zeros(1, dtype=self._dtype, device=device), self.length)
         self._teacher: dict[int, torch.Tensor] = {}  # batch to the original's last states, (B, T, C)
@@ -123,10 +119,10 @@ class Evaluator:
     def _walk(self, batches: list[int], sets: tuple[Dropped, ...], original: bool = False) -> None:
         import torch
 
-        from pruner.model import _inference
+        from pruner.model import inference
 
         try:
-            with _inference():
+            with inference():
                 start = [self._embed(b) for b in batches]
                 # depth-first in groups of at most `width` states, so that a layer's weights serve a whole group
                 stack = [(0, [(start, sets)])]
@@ -206,14 +202,14 @@ class Evaluator:
 
         start, stop = self.batches[b]
         targets = self._ids[start:stop, 1:].reshape(-1).to(self.device)
-        rows, columns = x[:, :-1].reshape(-1, x.shape[-1]), self.objective == "kl" and not original
+        rows = x[:, :-1].reshape(-1, x.shape[-1])
         parts = [slice(i, i + self.room.rows) for i in range(0, len(rows), self.room.rows)]
         ce, kl = [], []
         for i, part in enumerate(parts):
             logits = (rows[part] @ self._head.T).float()
             total = logits.logsumexp(-1)
             ce.append(total - logits.gather(1, targets[part, None])[:, 0])
-            if columns:
+            if self.objective == "kl" and not original:
                 p, p_log_p = self._original(b, parts)[i]
                 kl.append(p_log_p + total - torch.einsum("nv,nv->n", p, logits))
         out = [torch.cat(ce).view(stop - start, -1).double().mean(1).tolist()]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pruner.errors import PruneAttnError
 from pruner.select.exhaustive import check_few, exhaustive, layer_evaluations, subsets
 from pruner.select.positional import POSITIONAL
-from pruner.select.search import Found, expected_work, extend, order_of, search
+from pruner.select.search import Found, check_objective, expected_work, extend, order_of, search
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pruner.text import Text
 
 CALIBRATED = ("similarity", "search", "exhaustive")
-OBJECTIVES = ("kl", "ce")
 SAMPLES, LENGTH = 64, 2048  # by the study in docs/selection.md
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
@@ -98,7 +97,7 @@ def selection(
         partial,
         resume,
         progress,
-        say or (lambda _: None),
+        say,
     )
     job.prepare(text, samples, length)
     if strategy == "similarity":
@@ -126,8 +125,7 @@ class _Job:
         progress: Progress | None,
         say: Callable[[str], None] | None,
     ) -> None:
-        if objective not in OBJECTIVES:
-            raise PruneAttnError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        check_objective(objective)
         self.checkpoint, self.sublayer, self.strategy, self.objective = checkpoint, sublayer, strategy, objective
         self.device, self.seed, self.progress = device, seed, progress
         self.say = say or (lambda _: None)
@@ -147,14 +145,14 @@ class _Job:
 
     def prepare(self, path: str | os.PathLike[str], samples: int | None, length: int | None) -> None:
         """Read the text and the partial plan, open the model, say what will be done, run the original."""
+        from pruner.model import check_cuda
         from pruner.select.evaluator import Evaluator
         from pruner.text import load_tokenizer, read_text
 
         if self.device.startswith("cuda"):
             import torch
 
-            if not torch.cuda.is_available():
-                raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
+            check_cuda()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.text = read_text(path, load_tokenizer(self.checkpoint.path))
         context = int(self.checkpoint.config.get("max_position_embeddings") or 2048)

@@ -44,16 +44,18 @@ def room(
     layer = itemsize * decoder.sublayer_parameters("block")
     outer = itemsize * decoder.vocab_size * decoder.hidden_size
     weights = decoder.num_layers * layer + outer
+
+    def fits(batch: int) -> bool:
+        return weights + _work(decoder, batch, length, itemsize) <= 0.9 * free
+
     if batch is None:
         batch = max(1, (_CUDA_TOKENS if cuda else _CPU_TOKENS) // length)
-        fits = resident is not False and weights + _work(decoder, batch, length, itemsize) <= 0.9 * free
-        while cuda and batch > 1 and not fits:
+        while cuda and batch > 1 and (resident is False or not fits(batch)):
             batch //= 2
-            fits = resident is not False and weights + _work(decoder, batch, length, itemsize) <= 0.9 * free
     batch = min(batch, samples)
     work = _work(decoder, batch, length, itemsize)
     if resident is None:
-        resident = weights + work <= 0.9 * free
+        resident = fits(batch)
     left = int(0.9 * free) - work - (weights if resident else outer + 2 * layer)
     state = batch * length * decoder.hidden_size * itemsize
     teachers = samples * length * decoder.hidden_size * itemsize

@@ -160,7 +160,8 @@ class _Builder:
     def lengths(self) -> None:
         """``seqlens_k`` (B,) last position of each row, ``total_sequence_length`` (): width of the mask.
 
-        This very subgraph, since it lets a mask of fixed length stand under a CUDA graph.
+        This very subgraph, since it lets a mask of fixed length stand under a CUDA graph. ``positions`` (context,) is
+        0, 1, 2 and so on, which runtimes fold when they load the graph.
         """
         tokens = self.node(
             "ReduceSum", ["attention_mask", self.constant("axis_1", np.array([1]))], "mask.sum", keepdims=0
@@ -170,16 +171,16 @@ class _Builder:
         shape = self.node("Shape", ["attention_mask"], "mask.shape")
         width = self.node("Gather", [shape, self.constant("one", np.array(1))], "mask.width", axis=0)
         self.node("Cast", [width], "total_sequence_length", to=TensorProto.INT32)
+        ends = [
+            self.constant(f"positions.{k}", np.array(v)) for k, v in (("start", 0), ("end", self.context), ("step", 1))
+        ]
+        self.node("Range", ends, "positions")
 
     def rotary(self) -> None:
         """``cos_cache`` and ``sin_cache`` (context, head_dim / 2). Runtimes fold them when they load the graph."""
         path = self.checkpoint.path / CONFIG
         frequencies, factor = inverse_frequencies(self.checkpoint.config, self.decoder.head_dim, path)
-        ends = [
-            self.constant(f"rotary.{k}", np.array(v)) for k, v in (("start", 0), ("end", self.context), ("step", 1))
-        ]
-        positions = self.node("Range", ends, "rotary.range")
-        positions = self.node("Cast", [positions], "rotary.positions", to=TensorProto.FLOAT)
+        positions = self.node("Cast", ["positions"], "rotary.positions", to=TensorProto.FLOAT)
         column = self.node("Unsqueeze", [positions, self.constant("axis_1", np.array([1]))], "rotary.column")
         angles = self.node("Mul", [column, self.constant("rotary.inv_freq", frequencies)], "rotary.angles")
         for op, name in (("Cos", "cos_cache"), ("Sin", "sin_cache")):
@@ -194,15 +195,14 @@ class _Builder:
 
         min(seqlens_k, T - 1): the first prefill's rows end at ``seqlens_k``; later calls have one row or one column.
         """
-        # counted on the device: a Shape lives on the host, and the copy from there would forbid a CUDA graph
-        tokens = self.node("Equal", ["input_ids", "input_ids"], "ids.tokens")
-        tokens = self.node("Cast", [tokens], "ids.ones", to=TensorProto.INT64)
-        width = self.node("ReduceSum", [tokens, self.constant("axis_1", np.array([1]))], "ids.width", keepdims=0)
-        end = self.node("Sub", [width, self.constant("one", np.array(1))], "ids.end")
+        # shapes lie on the host, and so does what Slice reads as its bounds; a copy would forbid a CUDA graph
+        one = self.constant("axis_1", np.array([1]))
+        width = self.node("Shape", ["input_ids"], "ids.width", start=1, end=2)
+        before = self.node("Sub", [width, one], "ids.end")
+        end = self.node("Slice", ["positions", before, width], "last_column")
         index = self.node("Min", ["mask.last", end], "last_token.index")
-        index = self.node("Unsqueeze", [index, self.constant("axis_1", np.array([1]))], "last_token.column")
-        x = self.node("GatherND", [x, index], "last_token.row", batch_dims=1)
-        return self.node("Unsqueeze", [x, self.constant("axis_1", np.array([1]))], "last_token")
+        index = self.node("Unsqueeze", [index, self.constant("axes_12", np.array([1, 2]))], "last_token.column")
+        return self.node("GatherND", [x, index], "last_token", batch_dims=1)
 
     def model(self, last_token_logits: bool, metadata: dict[str, str]) -> ModelProto:
         d, slots = self.decoder, self.decoder.present("attention")

@@ -20,6 +20,7 @@ from export.generate import generate
 from export.onnx import GRAPH
 from export.onnx.session import OnnxSession
 from pruner import PruneAttnError, open_checkpoint
+from pruner.errors import MachineError
 from pruner.model import TorchLanguageModel
 from pruner.text import load_tokenizer
 
@@ -529,6 +530,62 @@ def test_errors(session, pruned, ids):
     short.prefill([ids[:8]])
     with pytest.raises(PruneAttnError, match="context of 8 tokens is full"):
         short.decode([1])
+
+
+def test_memory_that_the_gpu_reads_in_place(monkeypatch):
+    """The driver is stood in for: what is asked of it, and that all of it is given back, once."""
+    import ctypes
+    import gc
+
+    from export.onnx import pinned as module
+
+    class Driver:
+        def __init__(self, code: int = 0) -> None:
+            self.code, self.blocks, self.freed, self.current = code, {}, [], 0
+
+        def cuDevicePrimaryCtxRetain(self, context, device):
+            self.current += 1
+
+        def cuDevicePrimaryCtxRelease_v2(self, device):
+            self.current -= 1
+
+        def cuCtxPushCurrent_v2(self, context): ...
+
+        def cuCtxPopCurrent_v2(self, context): ...
+
+        def cuMemHostAlloc(self, address, size, flags):
+            assert self.current == 1
+            assert flags == 3
+            if not self.code:
+                block = ctypes.create_string_buffer(b"\xff" * size.value, size.value)
+                address._obj.value = ctypes.addressof(block)
+                self.blocks[address._obj.value] = block
+            return self.code
+
+        def cuMemFreeHost(self, address):
+            assert self.current == 1
+            self.freed.append(address.value)
+
+    driver = Driver()
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: driver)
+    array = module.pinned((2, 3), np.int64)
+    assert array.dtype == np.int64
+    assert array.tolist() == [[0] * 3] * 2
+    assert list(driver.blocks) == [array.ctypes.data]
+    array[1, 2] = 7
+    row = array[1]
+    del array
+    gc.collect()
+    assert row.tolist() == [0, 0, 7]
+    assert not driver.freed
+    del row
+    gc.collect()
+    assert driver.freed == list(driver.blocks)
+    assert not driver.current
+
+    driver = Driver(code=2)
+    with pytest.raises(MachineError, match=r"4,000 bytes \(CUDA error 2\); lower the batch"):
+        module.pinned((10, 100), np.float32)
 
 
 def test_cuda_is_not_taken_for_granted(tmp_path):

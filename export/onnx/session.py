@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from export.onnx import GRAPH
+from export.onnx.pinned import pinned
 from export.onnx.staleness import check_fresh, graph_options, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.errors import MachineError, PruneAttnError, one_line
@@ -126,12 +127,10 @@ class OnnxSession:
         ids = self._checked(np.asarray(tokens)[:, None])
         self._check_room(self._lengths + 1)
         self._mask[np.arange(len(tokens)), self._lengths] = 1
-        self._ids_value.update_inplace(ids)
-        self._mask_value.update_inplace(self._mask)
+        self._ids[:] = ids
         self._session.run_with_iobinding(self._step, self._run_options(self._graph_id))
         self._lengths = self._lengths + 1
-        logits = self._logits_value.numpy()[:, 0]
-        return logits.copy() if self.device == "cpu" else logits  # there it is the buffer of the next step too
+        return self._logits[:, 0].copy()  # it is the buffer of the next step too
 
     def reset(self) -> None:
         self._lengths: np.ndarray | None = None  # tokens in the cache, a row
@@ -179,13 +178,16 @@ class OnnxSession:
         self._batch, self._step, self._cache = 0, None, []  # given back before new ones are asked for
         shape = (batch, self.max_length)
         self._cache = [(self._buffer(shape), self._buffer(shape)) for _ in range(self._slots)]
-        self._mask = np.zeros(shape, dtype=np.int64)
-        self._ids_value, self._mask_value = self._value((batch, 1), np.int64), self._value(shape, np.int64)
-        self._logits_value = self._value((batch, 1, self.vocab_size), np.float32)
+        array = pinned if self.device == "cuda" else np.zeros
+        self._ids, self._mask = array((batch, 1), np.int64), array(shape, np.int64)
+        self._logits = array((batch, 1, self.vocab_size), np.float32)
         self._step = self._session.io_binding()
-        self._step.bind_ortvalue_input("input_ids", self._ids_value)
-        self._step.bind_ortvalue_input("attention_mask", self._mask_value)
-        self._step.bind_ortvalue_output("logits", self._logits_value)
+        for bind, name, value in (
+            (self._step.bind_input, "input_ids", self._ids),
+            (self._step.bind_input, "attention_mask", self._mask),
+            (self._step.bind_output, "logits", self._logits),
+        ):
+            bind(name, self.device, 0, value.dtype, value.shape, value.ctypes.data)
         self._bind_cache(self._step, self._cache)
         self._graph_id += 1  # a captured graph holds addresses, so new buffers need a new one
         self._batch = batch

@@ -7,8 +7,8 @@ and without a CUDA graph, GPU memory, for the original and for the deepest third
 onnxruntime-genai model builder's graph of the original and transformers. The floor of a decode step is the bytes that
 it must read (every weight but the embedding table, and the KV cache) over the copy bandwidth measured in this run.
 Correctness, on the shipped trained model in fp16 and bf16: logits against PyTorch in fp32 on the CPU.
-Every process has the GPU to itself, and ONNX Runtime's rows have several, since the same one differs from process to
-process: by 3% with a CUDA graph, by a tenth without. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
+Every process has the GPU to itself, and ONNX Runtime's rows have several, in turn, since the same one differs from
+process to process: by 3% with a CUDA graph, by a tenth without. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -253,38 +253,41 @@ def job(name: str, **arguments: Any) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def jobs(times: int, name: str, **arguments: Any) -> dict[str, Any]:
-    """The process of the middle decode speed of several, with the range that they had."""
-    done = [job(name, **arguments) for _ in range(times)]
-    failed = [result for result in done if "failed" in result]
-    if failed:
-        return failed[0]
-    first = next(iter(done[0]["decode"]))
-    done.sort(key=lambda result: result["decode"][first]["ms"])
-    ends = [result["decode"][first]["ms"] for result in (done[0], done[-1])]
-    return {**done[len(done) // 2], "processes": times, "range_ms": ends}
+def in_turn(times: int, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each row the process of the middle decode speed of several, with the range that they had.
+
+    The rows take turns, since a GPU's speed drifts over minutes by as much as rows differ.
+    """
+    turns = [[job(name, **arguments) for name, arguments in rows] for _ in range(times)]
+    out = []
+    for done in map(list, zip(*turns, strict=True)):
+        failed = [result for result in done if "failed" in result]
+        if not failed:
+            first = next(iter(done[0]["decode"]))
+            done.sort(key=lambda result: result["decode"][first]["ms"])
+            ends = [result["decode"][first]["ms"] for result in (done[0], done[-1])]
+        out.append(failed[0] if failed else {**done[len(done) // 2], "processes": times, "range_ms": ends})
+    return out
 
 
 # -- the whole run -----------------------------------------------------------------------------------------------------
 
 
-def build_with_genai(source: Path, output: Path, work: Path) -> float:
-    """The onnxruntime-genai builder's fp16 CUDA graph, logits of the last token only as ours; seconds taken."""
+def build_with_genai(source: Path, output: Path, work: Path) -> None:
+    """The onnxruntime-genai builder's fp16 CUDA graph, logits of the last token only as ours."""
     for file in SHIPPED.glob("tokenizer*"):
         shutil.copy(file, source)  # it wants one
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(output)]
     options = ["-p", "fp16", "-e", "cuda", "-c", str(work / "cache"), "--extra_options", "prune_lm_head=true"]
-    start = time.perf_counter()
     done = subprocess.run(command + options, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the genai builder failed: {done.stderr.strip().splitlines()[-1]}")
-    return time.perf_counter() - start
 
 
 def bench(
     shape: str, work: Path, results: dict[str, Any], without: set[str], keep: bool, save: Callable[[], None]
 ) -> None:
-    """Add one shape's rows to ``results``, saved after each since all of them take minutes."""
+    """Add one shape's rows to ``results``, saved as they come since all of them take minutes."""
     import synthetic
 
     from export.convert import convert
@@ -306,35 +309,39 @@ def bench(
         run["rows"].append({"model": model, "runner": runner, "floor_ms": floors, **measured})
         save()
 
-    def wanted(cuda_graph: bool, defaults: bool = False) -> bool:
-        return (cuda_graph or "eager" not in without) and (not defaults or "defaults" not in without)
+    graphs = (True,) if "eager" in without else (True, False)
+
+    def ours(directory: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+        return {
+            "ours" + ", CUDA graph" * graph: (
+                "ours",
+                {"directory": str(directory), "prompts": prompts, "cuda_graph": graph},
+            )
+            for graph in graphs
+        }
+
+    def measure_in_turn(model: str, rows: dict[str, tuple[str, dict[str, Any]]], directory: Path) -> None:
+        for runner, measured in zip(rows, in_turn(times, list(rows.values())), strict=True):
+            add(model, runner, measured, directory)
 
     synthetic.make(source, shape)
-    if "builder" not in without:
-        seconds = build_with_genai(source, builder, work)
-        arguments = {"directory": str(builder), "like": str(source), "prompts": prompts}
-        for runner, options in (
-            ("genai builder, CUDA graph, ONNX Runtime's defaults", {"cuda_graph": True, "defaults": True}),
-            ("genai builder, CUDA graph", {"cuda_graph": True}),
-            ("genai builder", {"cuda_graph": False}),
-        ):
-            if wanted(**options):
-                measured = jobs(times, "builder", **arguments, **options)
-                add("original", runner, {**measured, "export_s": seconds}, source)
-        shutil.rmtree(builder)
-    start = time.perf_counter()
     export(source, original, last_token_logits=True)
-    seconds = time.perf_counter() - start
     shutil.rmtree(source)
-    directories = {"original": original}
+    rows = ours(original)
+    if "builder" not in without:
+        build_with_genai(original, builder, work)
+        arguments = {"directory": str(builder), "like": str(original), "prompts": prompts}
+        if "defaults" not in without:
+            name = "genai builder, CUDA graph, ONNX Runtime's defaults"
+            rows[name] = ("builder", {**arguments, "cuda_graph": True, "defaults": True})
+        for graph in graphs:
+            rows["genai builder" + ", CUDA graph" * graph] = ("builder", {**arguments, "cuda_graph": graph})
+    measure_in_turn("original", rows, original)
+    shutil.rmtree(builder, ignore_errors=True)
     if "pruned" not in without:
         run["dropped"] = len(convert(original, pruned, drop=synthetic.THIRD.get(shape, "33%")).plan.attention)
         export(pruned, last_token_logits=True)
-        directories[f"{run['dropped']} dropped"] = pruned
-    for graph in (True, False):
-        for model, directory in directories.items() if wanted(graph) else ():
-            measured = jobs(times, "ours", directory=str(directory), prompts=prompts, cuda_graph=graph)
-            add(model, "ours" + ", CUDA graph" * graph, {**measured, "export_s": seconds}, directory)
+        measure_in_turn(f"{run['dropped']} dropped", ours(pruned), pruned)
     if "lengths" not in without:
         run["lengths"] = job("lengths", directory=str(original))
     for compiled in (False, True) if "torch" not in without else ():

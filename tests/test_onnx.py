@@ -223,6 +223,23 @@ def test_last_token_logits(copy, oracle, ids):
         session.logits(np.array([ids]))
 
 
+def test_no_last_token_beyond_the_context(tmp_path):
+    """Where no attention is left to refuse it; in ONNX Runtime itself, since our session asks no such thing."""
+    import onnxruntime
+
+    convert(random_llama(tmp_path / "source"), tmp_path / "out", layers="0,1,2,3", allow_all=True)
+    export(tmp_path / "out", context=4, last_token_logits=True)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH, providers=["CPUExecutionProvider"])
+    for tokens in (4, 5):
+        ids = np.full((1, tokens), 7)
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        if tokens == 4:
+            assert session.run(["logits"], feed)[0].shape == (1, 1, 64)
+        else:
+            with pytest.raises(Exception, match="last_column"):
+                session.run(["logits"], feed)
+
+
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 

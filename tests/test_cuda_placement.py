@@ -1,0 +1,115 @@
+"""The CUDA session without a GPU: ONNX Runtime's own CUDA provider over stand-ins for CUDA's libraries.
+
+What it decides before anything runs is its own: which operators it has kernels for, which go to the CPU, and whether it
+would capture a CUDA graph. Kernels do nothing here, so logits are checked for their shape alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_cuda
+import onnx
+import onnxruntime
+import pytest
+from test_onnx import random_llama
+
+from export import convert, export
+from export.onnx import GRAPH
+
+PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+SHAPES = {"mask.width", "total_sequence_length"}  # what stays on the host, where shapes lie
+RUN = """
+import json, sys
+import onnxruntime
+from export.onnx.session import OnnxSession
+from pruner.errors import PruneAttnError
+onnxruntime.preload_dlls = lambda: None  # it would find the real ones, where they are installed
+out = {}
+for directory in sys.argv[1:]:
+    try:
+        session = OnnxSession(directory, device="cuda")
+    except PruneAttnError as error:
+        out[directory] = str(error)
+        continue
+    placed = session._session.get_provider_graph_assignment_info()
+    cpu = [node.name for part in placed if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
+    shapes = []
+    for rows in ([[5, 6, 7]], [[5], [6, 7, 8]], [[9]]):
+        session.reset()
+        shapes.append(session.prefill(rows).shape)
+        shapes += [session.decode([3] * len(rows)).shape for _ in range(3)]  # the first ones capture
+    out[directory] = [cpu, shapes]
+print(json.dumps(out))
+"""
+
+
+def real_driver() -> bool:
+    try:
+        return bool(ctypes.CDLL("libcuda.so.1"))
+    except OSError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(
+    not fake_cuda.available() or not PROVIDER.exists() or real_driver(),
+    reason="needs a C compiler, binutils, onnxruntime-gpu, and no NVIDIA driver (with one, scripts/bench_cuda)",
+)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Open directories in a new process; of each the operators on the CPU and the logits' shapes, or what was said."""
+    libraries = tmp_path_factory.mktemp("cuda")
+    fake_cuda.build(PROVIDER, libraries)
+
+    def run(*directories: Path) -> dict:
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, *map(str, directories)],
+            env={**os.environ, "LD_LIBRARY_PATH": str(libraries)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert not done.returncode, done.stderr
+        out = json.loads(done.stdout)
+        return {directory.name: out[str(directory)] for directory in directories}
+
+    return run
+
+
+def test_a_decode_step_can_be_a_cuda_graph(opened, tmp_path):
+    """No copy between host and GPU in any graph: with one, ONNX Runtime refuses to open it for capturing."""
+    sources = {
+        "plain": random_llama(tmp_path / "plain", "float16"),
+        "bf16": random_llama(tmp_path / "bf16", "bfloat16", num_key_value_heads=1, tie_word_embeddings=True),
+        "wide": random_llama(tmp_path / "wide", "float16", head_dim=128, attention_bias=True, mlp_bias=True),
+    }
+    made = {}
+    for name, source in sources.items():
+        for layers in ("0,3", "0,1,2,3"):
+            for last in (False, True):
+                directory = tmp_path / f"{name}-{len(layers)}-{last}"
+                convert(source, directory, layers=layers, allow_all=True)
+                export(directory, context=64, last_token_logits=last)
+                made[directory] = (SHAPES if layers == "0,3" or last else set()) | ({"ids.end"} if last else set())
+    found = opened(*made)
+    for directory, allowed in made.items():
+        cpu, shapes = found[directory.name]
+        assert set(cpu) == allowed, directory.name
+        assert shapes == [[rows, 64] for rows in (1, 2, 1) for _ in range(4)], directory.name
+
+
+def test_a_copy_would_be_noticed(opened, tmp_path):
+    """That the test above can fail: Clip reads its bounds on the GPU, so one that comes from a shape is copied."""
+    convert(random_llama(tmp_path / "source", "float16"), tmp_path / "out", layers="1")
+    export(tmp_path / "out", last_token_logits=True)
+    model = onnx.load(tmp_path / "out" / GRAPH, load_external_data=False)
+    (node,) = (node for node in model.graph.node if node.name == "last_token.index")
+    position = list(model.graph.node).index(node)
+    model.graph.node.insert(position, onnx.helper.make_node("Squeeze", ["ids.end", "axis_0"], ["bound"]))
+    node.op_type, node.input[:] = "Clip", ["mask.last", "", "bound"]
+    onnx.save(model, tmp_path / "out" / GRAPH)
+    assert "cannot use the graph capture feature" in opened(tmp_path / "out")["out"]

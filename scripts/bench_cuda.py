@@ -7,8 +7,9 @@ and without a CUDA graph, GPU memory, for the original and for the deepest third
 onnxruntime-genai model builder's graph of the original and transformers. The floor of a decode step is the bytes that
 it must read (every weight but the embedding table, and the KV cache) over the copy bandwidth measured in this run.
 Correctness, on the shipped trained model in fp16 and bf16: logits against PyTorch in fp32 on the CPU.
-Every process has the GPU to itself, and ONNX Runtime's rows have several, in turn, since the same one differs from
-process to process: by 3% with a CUDA graph, by a tenth without. Needs 2.1 times the checkpoint on disk (13B: 55 GB).
+Every process has the GPU to itself, and ONNX Runtime's rows have several (the original's in turn), since the same one
+differs from process to process: by 3% with a CUDA graph, by a tenth without. Needs 2.1 times the checkpoint on disk
+(13B: 55 GB).
 """
 
 from __future__ import annotations
@@ -275,8 +276,6 @@ def in_turn(times: int, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[dict
 
 def build_with_genai(source: Path, output: Path, work: Path) -> None:
     """The onnxruntime-genai builder's fp16 CUDA graph, logits of the last token only as ours."""
-    for file in SHIPPED.glob("tokenizer*"):
-        shutil.copy(file, source)  # it wants one
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(output)]
     options = ["-p", "fp16", "-e", "cuda", "-c", str(work / "cache"), "--extra_options", "prune_lm_head=true"]
     done = subprocess.run(command + options, capture_output=True, text=True, check=False)
@@ -325,6 +324,8 @@ def bench(
             add(model, runner, measured, directory)
 
     synthetic.make(source, shape)
+    for file in SHIPPED.glob("tokenizer*"):
+        shutil.copy(file, source)  # the builder wants one
     export(source, original, last_token_logits=True)
     shutil.rmtree(source)
     rows = ours(original)

@@ -160,8 +160,7 @@ class _Builder:
     def lengths(self) -> None:
         """``seqlens_k`` (B,) last position of each row, ``total_sequence_length`` (): width of the mask.
 
-        This very subgraph, since it lets a mask of fixed length stand under a CUDA graph. ``positions`` (context,) is
-        0, 1, 2 and so on, which runtimes fold when they load the graph.
+        This very subgraph, since it lets a mask of fixed length stand under a CUDA graph.
         """
         tokens = self.node(
             "ReduceSum", ["attention_mask", self.constant("axis_1", np.array([1]))], "mask.sum", keepdims=0
@@ -171,16 +170,19 @@ class _Builder:
         shape = self.node("Shape", ["attention_mask"], "mask.shape")
         width = self.node("Gather", [shape, self.constant("one", np.array(1))], "mask.width", axis=0)
         self.node("Cast", [width], "total_sequence_length", to=TensorProto.INT32)
+
+    def positions(self) -> str:
+        """0 to context - 1."""
         ends = [
-            self.constant(f"positions.{k}", np.array(v)) for k, v in (("start", 0), ("end", self.context), ("step", 1))
+            self.constant(f"rotary.{k}", np.array(v)) for k, v in (("start", 0), ("end", self.context), ("step", 1))
         ]
-        self.node("Range", ends, "positions")
+        return self.node("Range", ends, "rotary.range")
 
     def rotary(self) -> None:
         """``cos_cache`` and ``sin_cache`` (context, head_dim / 2). Runtimes fold them when they load the graph."""
         path = self.checkpoint.path / CONFIG
         frequencies, factor = inverse_frequencies(self.checkpoint.config, self.decoder.head_dim, path)
-        positions = self.node("Cast", ["positions"], "rotary.positions", to=TensorProto.FLOAT)
+        positions = self.node("Cast", [self.positions()], "rotary.positions", to=TensorProto.FLOAT)
         column = self.node("Unsqueeze", [positions, self.constant("axis_1", np.array([1]))], "rotary.column")
         angles = self.node("Mul", [column, self.constant("rotary.inv_freq", frequencies)], "rotary.angles")
         for op, name in (("Cos", "cos_cache"), ("Sin", "sin_cache")):
@@ -196,10 +198,12 @@ class _Builder:
         min(seqlens_k, T - 1): the first prefill's rows end at ``seqlens_k``; later calls have one row or one column.
         """
         # shapes lie on the host, and so does what Slice reads as its bounds; a copy would forbid a CUDA graph
-        one = self.constant("axis_1", np.array([1]))
+        positions = "rotary.range" if self.decoder.present("attention") else self.positions()
         width = self.node("Shape", ["input_ids"], "ids.width", start=1, end=2)
-        before = self.node("Sub", [width, one], "ids.end")
-        end = self.node("Slice", ["positions", before, width], "last_column")
+        before = self.node("Sub", [width, self.constant("axis_1", np.array([1]))], "ids.end")
+        end = self.node("Slice", [positions, before, width], "last_column.slice")
+        # fails where there is none, beyond the context
+        end = self.node("Squeeze", [end, self.constant("axis_0", np.array([0]))], "last_column")
         index = self.node("Min", ["mask.last", end], "last_token.index")
         index = self.node("Unsqueeze", [index, self.constant("axes_12", np.array([1, 2]))], "last_token.column")
         return self.node("GatherND", [x, index], "last_token", batch_dims=1)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from pruner import __version__
 from pruner.errors import PruneAttnError
@@ -275,6 +276,15 @@ def verify(output: str, against: str | None, as_json: bool, **options: Any) -> N
         sys.exit(1)
 
 
+def _takes_only(option: str, *names: str) -> None:
+    """Refuse whatever else was given to this command."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name not in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+            raise PruneAttnError(f"{option} has no use for {name}; leave it out")
+
+
 @cli.command()
 @click.argument("directory", type=_PATH)
 @click.argument("output", type=_PATH, required=False)
@@ -295,6 +305,7 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
     if gguf is not None:
         from export.gguf import write_gguf
 
+        _takes_only("--gguf FILE", "directory", "gguf", "overwrite", "as_json")
         with _progress("writing") as progress:
             written = write_gguf(directory, gguf, overwrite=options["overwrite"], progress=progress)
         if as_json:

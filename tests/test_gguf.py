@@ -72,4 +72,8 @@ def test_refusals_leave_nothing(tmp_path):
     done = CliRunner().invoke(cli, ["export", str(tmp_path / "pruned"), "--gguf", str(tmp_path / "mine.gguf")])
     assert isinstance(done.exception, PruneAttnError)
     assert (tmp_path / "mine.gguf").read_bytes() == b"mine"
+    for useless in ([str(tmp_path / "out")], ["--context", "64"], ["--dtype", "float16"], ["--last-token-logits"]):
+        command = ["export", str(tmp_path / "pruned"), *useless, "--gguf", str(tmp_path / "new.gguf")]
+        done = CliRunner().invoke(cli, command)
+        assert "has no use for" in str(done.exception), useless
     assert sorted(p.name for p in tmp_path.iterdir()) == ["every", "mine.gguf", "pruned"]

@@ -1,6 +1,7 @@
 """Speed and correctness on a CUDA GPU, in one run.
 
-    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--work DIR] [--output DIR] [--without A,B] [--keep]
+    scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--processes N] [--without A,B]
+                       [--work DIR] [--output DIR] [--keep]
 
 Speed, on a checkpoint of random fp16 weights (it does not depend on what they are): load, prefill, decode a token with
 and without a CUDA graph, GPU memory, for the original and for the deepest third of its attention removed, beside the
@@ -260,15 +261,19 @@ def in_turn(times: int, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[dict
     The rows take turns, since a GPU's speed drifts over minutes by as much as rows differ.
     """
     turns = [[job(name, **arguments) for name, arguments in rows] for _ in range(times)]
-    out = []
-    for done in map(list, zip(*turns, strict=True)):
-        failed = [result for result in done if "failed" in result]
-        if not failed:
-            first = next(iter(done[0]["decode"]))
-            done.sort(key=lambda result: result["decode"][first]["ms"])
-            ends = [result["decode"][first]["ms"] for result in (done[0], done[-1])]
-        out.append(failed[0] if failed else {**done[len(done) // 2], "processes": times, "range_ms": ends})
-    return out
+    return [middle(done) for done in zip(*turns, strict=True)]
+
+
+def middle(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    for result in done:
+        if "failed" in result:
+            return result
+
+    def first(result: dict[str, Any]) -> float:
+        return next(iter(result["decode"].values()))["ms"]
+
+    done = sorted(done, key=first)
+    return {**done[len(done) // 2], "processes": len(done), "range_ms": [first(done[0]), first(done[-1])]}
 
 
 # -- the whole run -----------------------------------------------------------------------------------------------------
@@ -310,16 +315,11 @@ def bench(
 
     graphs = (True,) if "eager" in without else (True, False)
 
-    def ours(directory: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-        return {
-            "ours" + ", CUDA graph" * graph: (
-                "ours",
-                {"directory": str(directory), "prompts": prompts, "cuda_graph": graph},
-            )
-            for graph in graphs
-        }
-
-    def measure_in_turn(model: str, rows: dict[str, tuple[str, dict[str, Any]]], directory: Path) -> None:
+    def add_in_turn(model: str, directory: Path, others: dict[str, tuple[str, dict[str, Any]]]) -> None:
+        arguments = {"directory": str(directory), "prompts": prompts}
+        rows = {
+            "ours" + ", CUDA graph" * graph: ("ours", {**arguments, "cuda_graph": graph}) for graph in graphs
+        } | others
         for runner, measured in zip(rows, in_turn(times, list(rows.values())), strict=True):
             add(model, runner, measured, directory)
 
@@ -328,7 +328,7 @@ def bench(
         shutil.copy(file, source)  # the builder wants one
     export(source, original, last_token_logits=True)
     shutil.rmtree(source)
-    rows = ours(original)
+    rows = {}
     if "builder" not in without:
         build_with_genai(original, builder, work)
         arguments = {"directory": str(builder), "like": str(original), "prompts": prompts}
@@ -337,12 +337,12 @@ def bench(
             rows[name] = ("builder", {**arguments, "cuda_graph": True, "defaults": True})
         for graph in graphs:
             rows["genai builder" + ", CUDA graph" * graph] = ("builder", {**arguments, "cuda_graph": graph})
-    measure_in_turn("original", rows, original)
+    add_in_turn("original", original, rows)
     shutil.rmtree(builder, ignore_errors=True)
     if "pruned" not in without:
         run["dropped"] = len(convert(original, pruned, drop=synthetic.THIRD.get(shape, "33%")).plan.attention)
         export(pruned, last_token_logits=True)
-        measure_in_turn(f"{run['dropped']} dropped", ours(pruned), pruned)
+        add_in_turn(f"{run['dropped']} dropped", pruned, {})
     if "lengths" not in without:
         run["lengths"] = job("lengths", directory=str(original))
     for compiled in (False, True) if "torch" not in without else ():

@@ -76,10 +76,11 @@ def build(provider: Path, directory: Path) -> None:
 
     libraries = re.findall(r"\[(lib(?:cu|nv)[^]]*)\]", said("readelf", "-d"))
     wanted = set(re.findall(r"U ((?:__cuda|cuda|cu[A-Z]|cu(?:blas|dnn|fft|rand))\w+)", said("nm", "-D")))
-    wanted |= set(_DRIVER) | set(re.findall(rb"\0(cudnn[A-Z]\w+)\0".decode(), provider.read_bytes().decode("latin-1")))
+    wanted |= {name.decode() for name in re.findall(rb"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes())}
+    wanted |= set(_DRIVER)
     wanted -= set(re.findall(r"(\w+)\(", _SOURCE))
     source = directory / "fake.c"
     source.write_text(_SOURCE + "".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(wanted)))
-    for library in (*libraries, _CUDNN):
-        command = ["cc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", directory / library, source]
-        subprocess.run(command, check=True)
+    subprocess.run(["cc", "-w", "-shared", "-fPIC", "-o", directory / _CUDNN, source], check=True)
+    for library in libraries:
+        shutil.copy(directory / _CUDNN, directory / library)

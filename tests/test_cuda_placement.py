@@ -17,7 +17,6 @@ import fake_cuda
 import onnx
 import onnxruntime
 import pytest
-from test_onnx import random_llama
 
 from export import convert, export
 from export.onnx import GRAPH
@@ -80,15 +79,16 @@ def opened(tmp_path_factory):
     return run
 
 
-def test_a_decode_step_can_be_a_cuda_graph(opened, tmp_path):
+def test_a_decode_step_can_be_a_cuda_graph(opened, make_llama, tmp_path):
     """No copy between host and GPU in any graph: with one, ONNX Runtime refuses to open it for capturing."""
-    sources = {
-        "plain": random_llama(tmp_path / "plain", "float16"),
-        "bf16": random_llama(tmp_path / "bf16", "bfloat16", num_key_value_heads=1, tie_word_embeddings=True),
-        "wide": random_llama(tmp_path / "wide", "float16", head_dim=128, attention_bias=True, mlp_bias=True),
+    models = {
+        "plain": {"dtype": "float16"},
+        "bf16": {"dtype": "bfloat16", "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "wide": {"dtype": "float16", "head_dim": 128, "attention_bias": True, "mlp_bias": True},
     }
     made = {}
-    for name, source in sources.items():
+    for name, fields in models.items():
+        source = make_llama(name, vocab_size=64, **fields)
         for layers in ("0,3", "0,1,2,3"):
             for last in (False, True):
                 directory = tmp_path / f"{name}-{len(layers)}-{last}"
@@ -102,9 +102,9 @@ def test_a_decode_step_can_be_a_cuda_graph(opened, tmp_path):
         assert shapes == [[rows, 64] for rows in (1, 2, 1) for _ in range(4)], directory.name
 
 
-def test_a_copy_would_be_noticed(opened, tmp_path):
+def test_a_copy_would_be_noticed(opened, make_llama, tmp_path):
     """That the test above can fail: Clip reads its bounds on the GPU, so one that comes from a shape is copied."""
-    convert(random_llama(tmp_path / "source", "float16"), tmp_path / "out", layers="1")
+    convert(make_llama(dtype="float16"), tmp_path / "out", layers="1")
     export(tmp_path / "out", last_token_logits=True)
     model = onnx.load(tmp_path / "out" / GRAPH, load_external_data=False)
     (node,) = (node for node in model.graph.node if node.name == "last_token.index")

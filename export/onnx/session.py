@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from export.onnx import GRAPH
+from export.onnx import GRAPH, GraphOptions
 from export.onnx.pinned import pinned
 from export.onnx.staleness import check_fresh, graph_options, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
@@ -38,9 +38,10 @@ _MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is t
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
 
 
-def context_of(checkpoint: Checkpoint) -> int:
-    """Tokens that the ``model.onnx`` beside these shards was made for."""
-    return graph_options(read_graph(checkpoint.path / GRAPH)).context or checkpoint.config["max_position_embeddings"]
+def context_of(checkpoint: Checkpoint, options: GraphOptions | None = None) -> int:
+    """Tokens that the ``model.onnx`` beside these shards was made for; ``options``: where they were read already."""
+    options = options or graph_options(read_graph(checkpoint.path / GRAPH))
+    return options.context or checkpoint.config["max_position_embeddings"]
 
 
 class OnnxSession:
@@ -63,7 +64,7 @@ class OnnxSession:
     ) -> None:
         checkpoint = open_checkpoint(directory)
         options = graph_options(check_fresh(checkpoint))
-        context = context_of(checkpoint)
+        context = context_of(checkpoint, options)
         if max_length is not None and not 1 <= max_length <= context:
             raise PruneAttnError(
                 f"max_length {max_length}: {checkpoint.path / GRAPH} was made for 1 to {context} tokens"

@@ -108,7 +108,7 @@ def run_builder(
 ) -> dict[str, Any]:
     """The builder's graph in our session: the same runtime, binding and buffers; only the graph differs.
 
-    ``defaults``: without what our session sets on Hopper. The graph gets the one node that ours ends with, which makes
+    ``defaults``: without what our session sets. The graph gets the one node that ours ends with, which makes
     the logits float32, so that the host need not.
     """
     import onnx
@@ -131,7 +131,7 @@ def run_builder(
             self.vocab_size, self.max_length, self.last_token_logits = self.decoder.vocab_size, CONTEXT, True
             self.device, self.dtype, self._cuda_graph = "cuda", "float16", cuda_graph
             if defaults:
-                ours._HOPPER = None
+                ours._HOPPER, ours._CUDA_ENTRIES = None, {}
             self._session = ours._cuda_session(path, self.decoder, cuda_graph)
             self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
             self.reset()

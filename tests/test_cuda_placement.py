@@ -110,6 +110,6 @@ def test_a_copy_would_be_noticed(opened, make_llama, tmp_path):
     (node,) = (node for node in model.graph.node if node.name == "last_token.index")
     position = list(model.graph.node).index(node)
     model.graph.node.insert(position, onnx.helper.make_node("Squeeze", ["ids.end", "axis_0"], ["bound"]))
-    node.op_type, node.input[:] = "Clip", ["mask.last", "", "bound"]
+    node.op_type, node.input[:] = "Clip", ["last_token.position", "", "bound"]
     onnx.save(model, tmp_path / "out" / GRAPH)
     assert "cannot use the graph capture feature" in opened(tmp_path / "out")["out"]

@@ -633,7 +633,8 @@ def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capa
     def environment() -> dict[str, str]:
         return {name: os.environ[name] for name in names if name in os.environ}
 
-    def opened(path, providers):
+    def opened(path, providers, entries):
+        assert entries == {"session.use_device_allocator_for_initializers": "1"}
         found.append(environment())
         raise RuntimeError("no GPU in this test")
 

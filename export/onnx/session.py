@@ -34,6 +34,8 @@ _HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalizatio
 # ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 ms on an H200 where the
 # prefill of 600 tokens takes 17. Prompts are padded to multiples of this, so that plans are met again.
 _BUCKET = 64
+# Weights straight from the driver, not from the arena, which grows by powers of two: 1.7 GB less at 13B (docs/cuda.md)
+_CUDA_ENTRIES = {"session.use_device_allocator_for_initializers": "1"}
 _MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is taken only when asked for
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
 
@@ -250,18 +252,19 @@ def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> 
             + (f" (CUDA was not taken: {reason})" if reason else ", or use --device cuda")
         )
     try:
-        return "cpu", _session(path, ["CPUExecutionProvider"]), reason
+        return "cpu", _session(path, ["CPUExecutionProvider"], {}), reason
     except Exception as error:  # ONNX Runtime's own classes
         cure = f"; see prune-attn verify {checkpoint.path}"
         raise PruneAttnError(f"{path}: ONNX Runtime cannot open it ({one_line(error)}){cure}") from None
 
 
-def _session(path: Path, providers: list[Any]) -> Any:
+def _session(path: Path, providers: list[Any], entries: dict[str, str]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails, fails with an exception or is checked for below
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for entry in {"session.record_ep_graph_assignment_info": "1", **entries}.items():
+        options.add_session_config_entry(*entry)
     return onnxruntime.InferenceSession(path, options, providers=providers)
 
 
@@ -285,7 +288,7 @@ def _cuda_session(path: Path, decoder: Decoder, cuda_graph: bool) -> Any:
             settings["ORT_ENABLE_XQA"] = "0"
     try:
         with _environment(settings):
-            session = _session(path, [provider])
+            session = _session(path, [provider], _CUDA_ENTRIES)
     except Exception as error:
         if "llocat" in str(error):
             raise MachineError(f"{path}: the GPU's memory is too small ({one_line(error)})") from None

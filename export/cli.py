@@ -36,7 +36,7 @@ def _CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802,
         ("--resume", {"is_flag": True, "help": "Go on from where a stopped run got to, to the same plan."}),
         ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
         ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
-        ("--seed", {"type": int, "default": 0, "help": "Where in the text the windows lie.  [default: 0]"}),
+        ("--seed", {"type": click.IntRange(0), "default": 0, "help": "Where the windows lie.  [default: 0]"}),
         ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
         ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
         ("--text", {"type": _PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
@@ -377,7 +377,7 @@ def generate(directory: str, as_json: bool, revision: str | None, cache_dir: str
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N test windows.  [default: all]")
 @click.option("--samples", type=click.IntRange(1), help="Calibration samples.  [default: as select has it]")
 @click.option("--length", type=click.IntRange(2), help="Tokens a calibration sample.  [default: as select has it]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the calibration samples and the search.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of calibration samples and search.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--dtype",

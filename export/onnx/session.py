@@ -31,10 +31,10 @@ _HOPPER = 9
 # What must not be left to the CPU. session.disable_cpu_ep_fallback would refuse the few shape operators too, which
 # ONNX Runtime places there by design.
 _HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "RMSNormalization"}
-# ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 ms on an H200 where the
-# prefill of 600 tokens takes 17. Prompts are padded to multiples of this, so that plans are met again.
+# ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 to 70 ms, where on an
+# H200 the prefill of 600 tokens takes 17. Prompts are padded to multiples of this, so that plans are met again.
 _BUCKET = 64
-# Weights straight from the driver, not from the arena, which grows by powers of two: 1.7 GB less at 13B (docs/cuda.md)
+# Weights straight from the driver, not from the arena, which grows by powers of two: 1.8 GB less at 13B (docs/cuda.md)
 _CUDA_ENTRIES = {"session.use_device_allocator_for_initializers": "1"}
 _MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is taken only when asked for
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none

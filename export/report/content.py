@@ -305,13 +305,12 @@ def _latency(results: dict[str, Any]) -> Iterator[Section]:
             gpu = size(m["peak_gpu_bytes"]) if m["peak_gpu_bytes"] else ""
             rows.append([f"{RUNNERS[backend]}, {model}", f"{m['load_s']:.1f}", size(m["peak_rss_bytes"]), gpu])
     if rows:
-        largest = next(
-            m for f in results["latency"].values() if f["memory"] for m in f["memory"].values() if "batch" in m
-        )
-        caption = (
-            f"Load time and peak memory, each in a process of its own, over loading, a prefill of {largest['batch']} x "
-            f"{largest['prompt']} tokens and a few steps"
-        )
+        measured = [m for f in results["latency"].values() if f["memory"] for m in f["memory"].values() if "batch" in m]
+        caption = "Load time and peak memory, each in a process of its own"
+        if measured:
+            caption += (
+                f", over loading, a prefill of {measured[0]['batch']} x {measured[0]['prompt']} tokens and a few steps"
+            )
         tables.append(Table(["", "load s", "host", "GPU"], rows, caption))
     yield Section("Latency and memory", text, tables, ["decode"])
 

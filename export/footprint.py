@@ -69,7 +69,7 @@ def _measure(
     out: dict[str, Any] = {"load_s": round(time.perf_counter() - start, 3)}
     while True:
         try:
-            _run(model, batch, prompt)
+            _run(model, batch, prompt, min(_STEPS, context - prompt))
             break
         except Exception as error:
             if batch == 1 or not out_of_memory(error):
@@ -84,10 +84,10 @@ def _measure(
     }
 
 
-def _run(model: LanguageModel, batch: int, prompt: int) -> None:
+def _run(model: LanguageModel, batch: int, prompt: int, steps: int) -> None:
     model.reset()
     logits = model.prefill([[3 + i % (model.vocab_size - 3) for i in range(prompt)]] * batch)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         logits = model.decode(logits.argmax(axis=-1).tolist())
 
 

@@ -150,6 +150,24 @@ def test_report_again_and_side_by_side(pair, tmp_path, cli):
     assert "http://" not in page.replace("http://www.w3.org/", "")
 
 
+def test_memory_where_there_is_room_for_two_steps_only(pair, tmp_path):
+    """The session is opened for the prompt and the new tokens, no more."""
+    options = dict(batch="1", prompt="16", new_tokens=2, repeats=3, seconds=1, backend="onnx", only="latency")
+    done = validate(*pair[:2], output=tmp_path / "report", **options)
+    memory = done.results["latency"]["onnx"]["memory"]
+    assert all(memory[model]["peak_rss_bytes"] > 0 for model in ("original", "pruned"))
+    assert not any("memory" in note for note in done.results["notes"])
+
+
+def test_a_report_where_no_memory_could_be_measured(pair, tmp_path):
+    results = json.loads(json.dumps(pair[2].results))
+    for facts in results["latency"].values():
+        facts["memory"] = {model: {"failed": "killed by signal 9"} for model in ("original", "pruned")}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    report([tmp_path / "results.json"], tmp_path / "again")
+    assert "peak memory, each in a process of its own" in (tmp_path / "again/report.md").read_text()
+
+
 def test_the_page_stands_alone(pair):
     page = (pair[1] / "report/report.html").read_text()
     assert page.count("<svg") == 4

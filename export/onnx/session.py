@@ -263,8 +263,9 @@ def _session(path: Path, providers: list[Any], entries: dict[str, str]) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails, fails with an exception or is checked for below
-    for entry in {"session.record_ep_graph_assignment_info": "1", **entries}.items():
-        options.add_session_config_entry(*entry)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(path, options, providers=providers)
 
 

@@ -162,7 +162,9 @@ def convert(
             read_utf8(validation_text)  # known before hours of work
     elif validation_text is not None:
         raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
-    with _choosing(options["text"]) as (choosing, say), _progress("writing") as progress:
+    _check_calibration(options)
+    kept = None if options["dry_run"] else options["text"]
+    with _choosing(kept) as (choosing, say), _progress("writing") as progress:
         result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
     if as_json:
         _print_json(result.to_json())
@@ -219,6 +221,7 @@ def select(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
     from export.select import select
 
+    _check_calibration(options)
     with _choosing(options["text"]) as (progress, say):
         result = select(source, output, progress=progress, say=say, **options)
     if as_json:
@@ -267,7 +270,8 @@ def verify(output: str, against: str | None, as_json: bool, **options: Any) -> N
     if as_json:
         _print_json(result.to_json())
     elif result.ok:
-        compared = f"; {result.compared} tensors equal {against}'s, byte for byte" if against else ""
+        after = f" converted to {result.converted_to}" if result.converted_to else ""
+        compared = f"; {result.compared} tensors equal {against}'s{after}, byte for byte" if against else ""
         click.echo(f"{output}: ok{compared}")
     else:
         for problem in result.problems:
@@ -276,11 +280,24 @@ def verify(output: str, against: str | None, as_json: bool, **options: Any) -> N
         sys.exit(1)
 
 
+def _given(name: str) -> bool:
+    """Whether the option stood on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _check_calibration(options: dict[str, Any]) -> None:
+    """Refuse what would have no effect, as nothing is chosen by a text."""
+    if options["strategy"] in POSITIONAL and options["text"] is not None:
+        raise PruneAttnError(f"--strategy {options['strategy']} looks at no text; leave one of it and --text out")
+    for name in ("samples", "length", "seed", "device", "objective", "resume"):
+        if options["text"] is None and _given(name):
+            raise PruneAttnError(f"--{name} is for choosing by a text, and none is; add --text, or leave it out")
+
+
 def _takes_only(option: str, *names: str) -> None:
     """Refuse whatever else was given to this command."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        if parameter.name not in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+    for parameter in click.get_current_context().command.params:
+        if parameter.name not in names and _given(parameter.name):
             name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
             raise PruneAttnError(f"{option} has no use for {name}; leave it out")
 
@@ -315,11 +332,19 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
         return
     from export.deliver import export
 
+    if output is None and _given("max_shard_size"):
+        raise PruneAttnError("--max-shard-size belongs to an export into an OUTPUT; name one, or leave it out")
     with _progress("writing") as progress:
         result = export(directory, output, progress=progress, **options)
     if as_json:
         _print_json(result.to_json())
         return
+    from pruner.text import has_tokenizer
+
+    where = shlex.quote(str(result.path))
+    following = f'prune-attn generate {where} --prompt "Once upon a time"'
+    if not has_tokenizer(result.path):
+        following = f"copy the original's tokenizer files into {where}; nothing generates text without them"
     packed = "" if result.packed == result.attention else f", {result.attention - result.packed} with q, k, v apart"
     _print(
         _escape(
@@ -327,7 +352,7 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
             f"genai_config.json, {result.attention} attentions{packed}, context {result.context}"
         ),
         *(_escape(f"note: {note}") for note in result.notes),
-        _escape(f'next: prune-attn generate {shlex.quote(str(result.path))} --prompt "Once upon a time"'),
+        _escape(f"next: {following}"),
     )
 
 
@@ -449,6 +474,13 @@ def _print_push(result: Push) -> None:
         _print(_escape(f"pushed: {result.pull_request or result.url}"))
 
 
+_OF_PART = {
+    "accuracy": ("text", "window", "stride", "bos", "max_tokens"),
+    "tasks": ("tasks", "limit"),
+    "latency": ("batch", "prompt", "new_tokens", "repeats", "seconds", "compiled"),
+}
+
+
 @cli.command()
 @click.argument("original", type=_PATH)
 @click.argument("pruned", type=_PATH)
@@ -491,6 +523,11 @@ def validate(original: str, pruned: str, as_json: bool, **options: Any) -> None:
     A run that was stopped goes on where it was when it is started again. Exits with 1 where PRUNED is not ORIGINAL
     without those sublayers.
     """
+    only = options["only"]
+    for part, names in _OF_PART.items():
+        measured = part in only if only is not None else part == "latency" or options[names[0]]
+        for name in () if measured else filter(_given, names):
+            raise PruneAttnError(f"--{name.replace('_', '-')} is for {part}, which is not asked for; leave it out")
     _validate(original, pruned, as_json, options)
 
 

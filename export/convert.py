@@ -158,7 +158,8 @@ def convert(
     express is converted all the same, without them and with a note that says why.
 
     ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
-    ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there.
+    ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there
+    (a ``dry_run`` keeps nothing).
 
     ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
     is called with (bytes written, bytes in all), while fetching with "fetching" as a third argument. Raises
@@ -169,6 +170,8 @@ def convert(
     output = Path(output)
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
+    if dry_run and resume:
+        raise PruneAttnError("--dry-run leaves what a stopped run has kept alone; leave out one of it and --resume")
     if push is not None:
         check_can_push(push)
     model = find(source, revision=revision, cache_dir=cache_dir)
@@ -196,7 +199,7 @@ def convert(
         seed=seed,
         device=device,
         objective=objective,
-        partial=partial,
+        partial=None if dry_run else partial,
         resume=resume,
         progress=choosing,
         say=say,
@@ -226,7 +229,8 @@ def convert(
         with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
             _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
-        partial.unlink(missing_ok=True)
+        if text is not None and strategy not in POSITIONAL:
+            partial.unlink(missing_ok=True)
         if push is not None:
             try:
                 conversion.pushed.append(push_directory(output, push, show_progress=progress is not None))
@@ -391,7 +395,7 @@ def _write_runtime_files(
     try:
         files = runtime_files(output, facts, options)
     except PruneAttnError as error:
-        why = str(error).replace(str(output.path), "the output")
+        why = str(error).replace(f"{output.path}/", "").replace(str(output.path), "the output")
         notes[:] = [note for note in notes if note not in RUNS_ON.values()]
         notes.append(f"no model.onnx and no genai_config.json were written: {why}")
         return []

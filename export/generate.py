@@ -49,7 +49,7 @@ def generate(
     tokenizer = load_tokenizer(directory)
     eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_token_id)
     ends = set(eos if isinstance(eos, list) else [eos])
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise PruneAttnError("the prompt is empty and the tokenizer adds nothing; give some text")
     model, took = _open(directory, backend, device, len(ids) + new_tokens)

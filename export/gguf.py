@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import numpy as np
 
 from export.genai import generation_value
 from export.safetensors import disk_errors
+from export.staging import beside, check_space
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
 from pruner.checkpoint.load import load_tensor
 from pruner.errors import PruneAttnError
@@ -68,8 +69,7 @@ def write_gguf(
     why = why_no_gguf(checkpoint)
     if why:
         raise PruneAttnError(why)
-    temporary = target.with_name(f".{target.name}.prune-attn-new-{secrets.token_hex(6)}")
-    writer = gguf.GGUFWriter(temporary, "deci")
+    writer = gguf.GGUFWriter(None, "deci")
     _describe(writer, checkpoint)
     _vocabulary(writer, checkpoint)
     tensors, total, done = list(_tensors(checkpoint)), 0, 0
@@ -78,22 +78,37 @@ def write_gguf(
         nbytes = prod(shape) * itemsize(dtype)
         writer.add_tensor_info(name, shape, np.dtype(np.int8), nbytes, raw_dtype=kind)
         total += nbytes
-    try:
-        with disk_errors(target):
-            writer.write_header_to_file()
+    check_space(target, total)
+    with beside(target) as directory, disk_errors(target):
+        temporary = directory / "new.gguf"
+        try:
+            writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for _, _, _, make in tensors:
                 data = make()
-                writer.write_tensor_data(data)
+                writer.write_tensor_data(_Writes(data))
                 done += data.nbytes
                 if progress:
                     progress(done, total)
-            writer.close()
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            for file in writer.fout:
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            with suppress(OSError):
+                writer.close()
+        os.replace(temporary, target)
     return {"path": str(target), "bytes": target.stat().st_size, "tensors": len(tensors)}
+
+
+class _Writes:
+    """An array whose ``tofile`` says what went wrong, which numpy's does not."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.nbytes = array, array.nbytes
+
+    def tofile(self, file: Any) -> None:
+        file.write(memoryview(self.array).cast("B"))
 
 
 def why_no_gguf(checkpoint: Checkpoint) -> str | None:

@@ -171,7 +171,7 @@ class disk_errors:  # noqa: N801, reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            cure = "the disk is full; free some space or choose another disk" if full else error.strerror
+            cure = "the disk is full; free some space or choose another disk" if full else error.strerror or error
             raise MachineError(f"{self.path}: cannot be written: {cure}") from error
 
 

@@ -68,6 +68,22 @@ def staged(output: Path, replaceable: Refusal) -> Iterator[Path]:
     target = Path(os.path.realpath(output))
     made = [p for p in [target.parent, *target.parent.parents] if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with beside(target) as staging:
+            yield staging
+            _sync(staging)
+            _publish(staging, target, replaceable)
+            _sync(target.parent)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """An empty directory beside ``target``, removed in the end where it is still there; killed runs' are first."""
     _clean(target.parent)
     staging = _name(target, "new")
     staging.mkdir()
@@ -76,16 +92,8 @@ def staged(output: Path, replaceable: Refusal) -> Iterator[Path]:
         with suppress(OSError):  # a file system without locks: a leftover is then never taken for a stale one
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
-        _sync(staging)
-        _publish(staging, target, replaceable)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
     finally:
+        shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
 
 

@@ -149,7 +149,7 @@ class _Run:
         self.attention, self.mlp = same.dropped_layers(original, pruned)
         self.parts_wanted = self._parts(text)
         self.output = output or pruned.path / "report"
-        _check_output(self.output)
+        _check_output(self.output, original.path)
         self.device = _device(options["device"])
         self.dtypes = self._dtypes()
         self.backends = self._backends()
@@ -205,7 +205,7 @@ class _Run:
         pruned, asked = self.checkpoints["pruned"], self.options["backend"]
         why = None
         if not (pruned.path / GRAPH).is_file():
-            why = f"{pruned.path / GRAPH}: missing; write it with prune-attn export {pruned.path}"
+            why = f"{pruned.path / GRAPH}: missing; prune-attn export {pruned.path} writes it, or says why it cannot"
         elif self.device == "cpu" and self.stored == "bfloat16":
             why = f"{pruned.path}: bfloat16 does not run on the CPU in ONNX Runtime"
         elif self.device == "cuda" and self.stored == "float32":
@@ -266,6 +266,8 @@ class _Run:
         """(batch, prompt) pairs."""
         new = self.options["new_tokens"]
         batches = _numbers(self.options["batch"], "--batch")
+        if not self.options["seconds"] >= 0:  # nan too
+            raise PruneAttnError(f"--seconds {self.options['seconds']}: must be 0 or more")
         if self.options["repeats"] < latency.LEAST_REPEATS:
             raise PruneAttnError(f"--repeats: at least {latency.LEAST_REPEATS} are needed for an interval")
         if new < 2:
@@ -303,7 +305,8 @@ class _Run:
         if work is None:
             folder = self.output / FOLDER / "graphs"
         else:
-            Path(work).mkdir(parents=True, exist_ok=True)
+            if not Path(work).is_dir():
+                raise PruneAttnError(f"{work}: is no directory; make it, or choose another place for --work")
             folder = Path(tempfile.mkdtemp(dir=work, prefix="prune-attn-"))
         self.graphs = Graphs(folder)
         self.graphs.remove()  # a killed run's
@@ -682,8 +685,10 @@ def _numbers(text: str, option: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def _check_output(output: Path) -> None:
-    """Refuse a directory that holds something else than a report."""
+def _check_output(output: Path, original: Path) -> None:
+    """Refuse a directory that holds something else than a report, or lies in the original, which is never touched."""
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(original)):
+        raise PruneAttnError(f"{output}: lies in the original; choose another directory with --output")
     if output.is_dir():
         strange = [p for p in output.iterdir() if p.name not in (RESULTS, FOLDER)]
         if strange and not (output / RESULTS).is_file():

@@ -25,10 +25,12 @@ from pruner.plan import PLAN_FILE, read_plan
 
 @dataclass
 class Verification:
-    """``problems`` is empty where everything holds; each is one line. ``compared`` counts tensors compared by bytes."""
+    """``problems`` is empty where everything holds; each is one line. ``compared`` counts tensors compared by bytes, with the
+    source's as converted to ``converted_to`` where that is not None."""
 
     path: Path
     against: Path | None
+    converted_to: str | None = None
     problems: list[str] = field(default_factory=list)
     compared: int = 0
 
@@ -44,6 +46,7 @@ class Verification:
             "ok": self.ok,
             "problems": self.problems,
             "tensors_compared": self.compared,
+            "converted_to": self.converted_to,
         }
 
 
@@ -82,6 +85,7 @@ def verify(
         result.problems.append(str(error))
         return result
     if facts is not None:
+        result.converted_to = facts["converted_to"]
         result.problems += _structure(output, facts, checkpoint)
         result.problems += _files(output, facts, checkpoint)
     if (output / GRAPH).exists():

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """What somebody else's exception says, for a message of ours: in one line, of at most so many characters."""
-    return " ".join(str(error).split())[:most]
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class PruneAttnError(Exception):

@@ -83,6 +83,9 @@ class Decoder:
             raise bad(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         if config.get("head_dim") is None and hidden % heads:
             raise bad(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        epsilon = config.get("rms_norm_eps", 1e-6)  # transformers' default
+        if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not 0 <= epsilon < 1:
+            raise bad(f"rms_norm_eps is {str(epsilon)[:40]!r}; it must be a small number")
         dialect.rope_fields(config, path)  # refuses fields that contradict each other
         decoder = cls(
             vocab_size=count("vocab_size"),

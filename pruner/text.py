@@ -48,8 +48,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
         try:
             return AutoTokenizer.from_pretrained(str(place))
         except (OSError, ValueError) as error:
-            reason = one_line(error, 120)
+            reason = one_line(error, 120) if has_tokenizer(place) else "no tokenizer.json and no tokenizer.model"
             raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer's file lies there, as Llama's do."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -341,3 +341,45 @@ def test_output_that_must_not_be_touched(source, tmp_path):
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty", drop=2)
     assert tree(tmp_path / "empty") == tree(tmp_path / "out")
+
+
+def test_options_without_effect_are_refused(cli, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("words " * 50)
+    for args, said in (
+        (["convert", SHIPPED, out, "--drop", "4", "--seed", "1"], "--seed is for choosing by a text"),
+        (["convert", SHIPPED, out, "--drop", "4", "--strategy", "last", "--text", text], "looks at no text"),
+        (["select", SHIPPED, "--drop", "4", "--resume"], "--resume is for choosing by a text"),
+        (["export", SHIPPED, "--max-shard-size", "1MB"], "--max-shard-size belongs to an export into an OUTPUT"),
+        (["validate", SHIPPED, out, "--only", "latency", "--stride", "8"], "--stride is for accuracy"),
+        (["validate", SHIPPED, out, "--limit", "8"], "--limit is for tasks"),
+    ):
+        assert said in cli(*args, check=2).stderr
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_partial_plans_of_others_are_left(cli, tmp_path):
+    partial = tmp_path / "out.plan.partial.json"
+    partial.write_text("somebody's hours")
+    cli("convert", SHIPPED, tmp_path / "out", "--drop", "4", check=0)
+    assert partial.read_text() == "somebody's hours"
+    text = tmp_path / "text.txt"
+    text.write_text(
+        (SHIPPED / "README.md").read_text() * 20 if (SHIPPED / "README.md").exists() else "Some words. " * 900
+    )
+    chosen = ["--drop", "1", "--text", text, "--strategy", "similarity", "--samples", "2", "--length", "32"]
+    cli("convert", SHIPPED, tmp_path / "dry", *chosen, "--dry-run", check=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", partial.name, "text.txt"]
+
+
+def test_epsilon(source):
+    for value in (None, "a", -1):
+        edit_config(source, rms_norm_eps=value)
+        refused(source, "rms_norm_eps is")
+
+
+def test_a_report_is_never_written_into_the_original(cli, source):
+    before = tree(source)
+    for args in ([source, source], [source, SHIPPED, "-o", source / "report"]):
+        assert "lies in the original" in cli("validate", *args, check=2).stderr
+    assert tree(source) == before

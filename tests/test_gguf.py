@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import gguf
 import numpy as np
 import pytest
@@ -77,3 +79,18 @@ def test_refusals_leave_nothing(tmp_path):
         done = CliRunner().invoke(cli, command)
         assert "has no use for" in str(done.exception), useless
     assert sorted(p.name for p in tmp_path.iterdir()) == ["every", "mine.gguf", "pruned"]
+
+
+def test_a_full_disk_is_named_and_killed_runs_are_cleaned_up(tmp_path):
+    convert(SHIPPED, tmp_path / "pruned", drop="1")
+    left = tmp_path / ".m.gguf.prune-attn-new-0123456789ab"  # of a killed run
+    left.mkdir()
+    (left / "new.gguf").write_bytes(b"half")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(PruneAttnError, match=r"m\.gguf: cannot be written: File too large"):
+            write_gguf(tmp_path / "pruned", tmp_path / "m.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in tmp_path.iterdir()] == ["pruned"]

@@ -22,7 +22,10 @@ class Limits:
     @classmethod
     def parse(cls, *values: str | float | None) -> Limits:
         """The four limits in the order above, each a number or a percentage."""
-        return cls(*(_fraction(name, value) for name, value in zip(cls.__annotations__, values, strict=True)))
+        limits = cls(*(_fraction(name, value) for name, value in zip(cls.__annotations__, values, strict=True)))
+        if limits.min_agreement is not None and limits.min_agreement > 1:
+            raise PruneAttnError(f"--min-agreement {limits.min_agreement:g} is more than all; write for example 80%")
+        return limits
 
     def need(self, parts: list[str], tasks: bool) -> None:
         """Raise ``PruneAttnError`` for a limit whose value this run would not measure."""

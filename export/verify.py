@@ -25,8 +25,8 @@ from pruner.plan import PLAN_FILE, read_plan
 
 @dataclass
 class Verification:
-    """``problems`` is empty where everything holds; each is one line. ``compared`` counts tensors compared by bytes, with the
-    source's as converted to ``converted_to`` where that is not None."""
+    """``problems`` is empty where everything holds; each is one line. ``compared`` counts tensors compared by bytes,
+    with the source's as converted to ``converted_to`` where that is not None."""
 
     path: Path
     against: Path | None

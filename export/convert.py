@@ -171,7 +171,7 @@ def convert(
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     if dry_run and resume:
-        raise PruneAttnError("--dry-run leaves what a stopped run has kept alone; leave out one of it and --resume")
+        raise PruneAttnError("--resume writes on what a stopped run kept, and --dry-run writes nothing; leave one out")
     if push is not None:
         check_can_push(push)
     model = find(source, revision=revision, cache_dir=cache_dir)

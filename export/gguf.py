@@ -79,7 +79,7 @@ def write_gguf(
         writer.add_tensor_info(name, shape, np.dtype(np.int8), nbytes, raw_dtype=kind)
         total += nbytes
     check_space(target, total)
-    with beside(target) as directory, disk_errors(target):
+    with disk_errors(target), beside(target) as directory:
         temporary = directory / "new.gguf"
         try:
             writer.write_header_to_file(temporary)

@@ -85,7 +85,7 @@ def verify(
         result.problems.append(str(error))
         return result
     if facts is not None:
-        result.converted_to = facts["converted_to"]
+        result.converted_to = facts.get("converted_to")
         result.problems += _structure(output, facts, checkpoint)
         result.problems += _files(output, facts, checkpoint)
     if (output / GRAPH).exists():
@@ -146,7 +146,7 @@ def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source:
     except PruneAttnError as error:
         yield str(error)
         return
-    dtype = facts["converted_to"]
+    dtype = facts.get("converted_to")
     made = record.make_record(plan, source, left, dtype) | {"tool": facts.get("tool")}
     for key in made.keys() - {"source"}:  # compared above; its name may differ
         if facts.get(key) != made[key]:

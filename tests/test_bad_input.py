@@ -364,10 +364,8 @@ def test_partial_plans_of_others_are_left(cli, tmp_path):
     cli("convert", SHIPPED, tmp_path / "out", "--drop", "4", check=0)
     assert partial.read_text() == "somebody's hours"
     text = tmp_path / "text.txt"
-    text.write_text(
-        (SHIPPED / "README.md").read_text() * 20 if (SHIPPED / "README.md").exists() else "Some words. " * 900
-    )
-    chosen = ["--drop", "1", "--text", text, "--strategy", "similarity", "--samples", "2", "--length", "32"]
+    text.write_text("Some words. " * 900)
+    chosen = ["--drop", "1", "--text", text, "--samples", "2", "--length", "32"]
     cli("convert", SHIPPED, tmp_path / "dry", *chosen, "--dry-run", check=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", partial.name, "text.txt"]
 

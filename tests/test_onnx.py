@@ -240,6 +240,25 @@ def test_no_last_token_beyond_the_context(tmp_path):
                 session.run(["logits"], feed)
 
 
+def test_the_first_product_does_not_wait(copy):
+    """By ONNX Runtime's own profile: nothing that concerns the last token runs before the layers."""
+    import onnxruntime
+
+    export(copy, last_token_logits=True)
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(copy / "profile")
+    session = onnxruntime.InferenceSession(copy / GRAPH, options, providers=["CPUExecutionProvider"])
+    feed = {"input_ids": np.ones((1, 4), np.int64), "attention_mask": np.ones((1, 4), np.int64)}
+    for node in session.get_inputs()[2:]:
+        feed[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float32)
+    session.run(["logits"], feed)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = sorted((e["ts"], e["name"]) for e in events if e["name"].endswith("_kernel_time"))
+    names = [name.removesuffix("_kernel_time") for _, name in ran]
+    assert names[:3] == ["model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.qkv_proj"]
+    assert names.index("last_token.column") > names.index("model.norm")
+
+
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 

@@ -193,8 +193,8 @@ class _Builder:
                 value = self.node("Mul", [value, scale], f"{name}.scaled")
             self.node("Cast", [value], name, to=self.element)
 
-    def last_tokens(self, x: str) -> str:
-        """(B, T, C) to (B, 1, C): each row's own last token, which padding on the right follows.
+    def last_columns(self) -> str:
+        """(B, 1, 1): the column of each row's own last token, which padding on the right follows.
 
         min(seqlens_k, T - 1): the first prefill's rows end at ``seqlens_k``; later calls have one row or one column.
         """
@@ -207,8 +207,7 @@ class _Builder:
         end = self.node("Squeeze", [end, self.constant("axis_0", np.array([0]))], "last_column")
         last = self.node("Cast", ["seqlens_k"], "last_token.position", to=TensorProto.INT64)
         index = self.node("Min", [last, end], "last_token.index")
-        index = self.node("Unsqueeze", [index, self.constant("axes_12", np.array([1, 2]))], "last_token.column")
-        return self.node("GatherND", [x, index], "last_token", batch_dims=1)
+        return self.node("Unsqueeze", [index, self.constant("axes_12", np.array([1, 2]))], "last_token.column")
 
     def model(self, last_token_logits: bool, metadata: dict[str, str]) -> ModelProto:
         d, slots = self.decoder, self.decoder.present("attention")
@@ -216,6 +215,9 @@ class _Builder:
             self.lengths()
         if slots:
             self.rotary()
+        # Of a node's inputs ONNX Runtime runs first what stands last in the file. So these columns, which stand before
+        # the layers, wait until they are wanted, instead of keeping the GPU waiting for its first product.
+        columns = self.last_columns() if last_token_logits else None
         residual = self.node("Gather", [self.tensor("model.embed_tokens.weight"), "input_ids"], "model.embed_tokens")
         update: str | None = None
         for layer in range(d.num_layers):
@@ -227,8 +229,8 @@ class _Builder:
                 x, residual = self.norm(residual, update, f"{p}.post_attention_layernorm")
                 update = self.mlp(x, layer)
         x, _ = self.norm(residual, update, "model.norm")
-        if last_token_logits:
-            x = self.last_tokens(x)
+        if columns:  # (B, T, C) to (B, 1, C)
+            x = self.node("GatherND", [x, columns], "last_token", batch_dims=1)
         head = self.tensor(self.checkpoint.head)
         wide = self.element != TensorProto.FLOAT  # widened on the device: hosts do it slowly, or cannot (bfloat16)
         logits = self.node(f"{_MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)

@@ -16,7 +16,10 @@ from pathlib import Path
 _SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
-static int take(void **p, size_t n) { *p = calloc(1, (n | 255) + 1); return *p ? 0 : 2; }
+static int take(void **p, size_t n) {
+    *p = aligned_alloc(256, (n | 255) + 1);
+    return *p ? (memset(*p, 0, n), 0) : 2;
+}
 static int device(void *prop) {
     int *ints = memset(prop, 0, 1008);
     *(size_t *)((char *)prop + 296) = 49152;
@@ -28,6 +31,10 @@ int cuDeviceGetCount(int *n) { *n = 1; return 0; }
 int cuDeviceGetAttribute(int *v, int a, int d) { *v = 8; return 0; }
 int cuMemHostAlloc(void **p, size_t n, unsigned f) { return take(p, n); }
 int cuMemFreeHost(void *p) { free(p); return 0; }
+int cuMemAlloc_v2(void **p, size_t n) { return take(p, n); }
+int cuStreamCreate(void **p, unsigned f) { return take(p, 256); }
+int cuMemFree_v2(void *p) { free(p); return 0; }
+int cuMemcpyHtoD_v2(void *d, const void *s, size_t n) { memcpy(d, s, n); return 0; }
 int cudaGetDevice(int *d) { *d = 0; return 0; }
 int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
 int cudaGetDeviceProperties(void *p, int d) { return device(p); }

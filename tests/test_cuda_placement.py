@@ -25,25 +25,31 @@ PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_provider
 SHAPES = {"mask.width", "total_sequence_length"}  # what stays on the host, where shapes lie
 RUN = """
 import json, sys
+from pathlib import Path
 import onnxruntime
-from export.onnx.session import OnnxSession
+from export.onnx import session as module
 from pruner.errors import PruneAttnError
 onnxruntime.preload_dlls = lambda: None  # it would find the real ones, where they are installed
 out = {}
-for directory in sys.argv[1:]:
-    try:
-        session = OnnxSession(directory, device="cuda")
-    except PruneAttnError as error:
-        out[directory] = str(error)
-        continue
-    placed = session._session.get_provider_graph_assignment_info()
+def run(session):
+    session._unproven = False  # the stand-ins compute nothing
+    placed = (session._stepper or session._session).get_provider_graph_assignment_info()
     cpu = [node.name for part in placed if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()]
     shapes = []
     for rows in ([[5, 6, 7]], [[5], [6, 7, 8]], [[9]]):
         session.reset()
         shapes.append(session.prefill(rows).shape)
         shapes += [session.decode([3] * len(rows)).shape for _ in range(3)]  # the first ones capture
-    out[directory] = [cpu, shapes]
+    return cpu, shapes
+for directory in sys.argv[1:]:
+    try:
+        session = module.OnnxSession(directory, device="cuda")
+        ours = run(session)
+        session._session = module._cuda_session(Path(directory, "model.onnx"), session.decoder, 8, True)
+        session._stepper, session._batch = None, 0  # as in a service of somebody's own
+        out[directory] = [ours, run(session)]
+    except PruneAttnError as error:
+        out[directory] = str(error)
 print(json.dumps(out))
 """
 
@@ -62,28 +68,39 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """Open directories in a new process; of each the operators on the CPU and the logits' shapes, or what was said."""
-    libraries = tmp_path_factory.mktemp("cuda")
-    fake_cuda.build(PROVIDER, libraries)
+def libraries(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cuda")
+    fake_cuda.build(PROVIDER, directory)
+    return directory
 
-    def run(*directories: Path) -> dict:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, *map(str, directories)],
-            env={**os.environ, "LD_LIBRARY_PATH": str(libraries)}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert not done.returncode, done.stderr
-        out = json.loads(done.stdout)
+
+def run(libraries: Path, code: str, *arguments: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "LD_LIBRARY_PATH": str(libraries)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def opened(libraries):
+    """Open directories in a new process: of each, with our decode step and with the graph alone, the operators on the
+    CPU and the logits' shapes, or what was said."""
+
+    def opened(*directories: Path) -> dict:
+        out = json.loads(run(libraries, RUN, *directories))
         return {directory.name: out[str(directory)] for directory in directories}
 
-    return run
+    return opened
 
 
 def test_a_decode_step_can_be_a_cuda_graph(opened, make_llama, tmp_path):
     """No copy between host and GPU in any graph: with one, ONNX Runtime refuses to open it for capturing."""
     models = {
         "plain": {"dtype": "float16"},
-        "bf16": {"dtype": "bfloat16", "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "bf16": {"dtype": "bfloat16", "num_key_value_heads": 1, "tie_word_embeddings": True, "intermediate_size": 256},
+        "fused": {"dtype": "float16", "hidden_size": 128, "intermediate_size": 256},  # gate and up, in decode steps
         "wide": {"dtype": "float16", "head_dim": 128, "attention_bias": True, "mlp_bias": True},
     }
     made = {}
@@ -91,15 +108,16 @@ def test_a_decode_step_can_be_a_cuda_graph(opened, make_llama, tmp_path):
         source = make_llama(name, vocab_size=64, **fields)
         for layers in ("0,3", "0,1,2,3"):
             for last in (False, True):
-                directory = tmp_path / f"{name}-{len(layers)}-{last}"
+                directory = tmp_path / f"{name}-{layers}-{last}"
                 convert(source, directory, layers=layers, allow_all=True)
                 export(directory, context=64, last_token_logits=last)
                 made[directory] = (SHAPES if layers == "0,3" or last else set()) | ({"ids.end"} if last else set())
     found = opened(*made)
     for directory, allowed in made.items():
-        cpu, shapes = found[directory.name]
+        (ours, shapes), (cpu, same) = found[directory.name]
         assert set(cpu) == allowed, directory.name
-        assert shapes == [[rows, 64] for rows in (1, 2, 1) for _ in range(4)], directory.name
+        assert set(ours) == (set() if "0,3" in directory.name else allowed), directory.name
+        assert shapes == same == [[rows, 64] for rows in (1, 2, 1) for _ in range(4)], directory.name
 
 
 def test_a_copy_would_be_noticed(opened, make_llama, tmp_path):
@@ -113,3 +131,158 @@ def test_a_copy_would_be_noticed(opened, make_llama, tmp_path):
     node.op_type, node.input[:] = "Clip", ["last_token.position", "", "bound"]
     onnx.save(model, tmp_path / "out" / GRAPH)
     assert "cannot use the graph capture feature" in opened(tmp_path / "out")["out"]
+
+
+WEIGHTS = """
+import ctypes, gc, json, sys
+import onnxruntime
+from pathlib import Path
+from safetensors import safe_open
+from export.onnx import cuda_driver, gpu_weights
+from export.onnx.decode import decode_step
+from export.onnx.session import OnnxSession
+from export.onnx.staleness import read_graph
+from pruner.checkpoint import open_checkpoint
+onnxruntime.preload_dlls = lambda: None
+directory = Path(sys.argv[1])
+gpu_weights._CHUNK = 1000  # several a tensor
+graphs = [read_graph(directory / "model.onnx"), decode_step(open_checkpoint(directory), None, 64)]
+with gpu_weights.GpuWeights(directory, graphs) as weights:
+    pass
+wrong, seen = [], 0
+tensors = {}
+for shard in directory.glob("*.safetensors"):
+    with safe_open(shard, "np") as file:
+        tensors |= {name: file.get_tensor(name).tobytes() for name in file.keys()}
+for name, value in weights.values.items():
+    for packed, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+        if packed in name:
+            want = b"".join(tensors[name.replace(packed, part)] for part in parts)
+            break
+    else:
+        want = tensors[name]
+    wrong += [name] * (ctypes.string_at(value.data_ptr(), len(want)) != want or bool(value.data_ptr() % 256))
+    seen += 1
+live = [len(gpu_weights._live)]
+del weights, value
+session = OnnxSession(directory, device="cuda")
+gc.collect()
+live.append(len(gpu_weights._live))
+del session
+gc.collect()
+live.append(len(gpu_weights._live))
+idle = [len(cuda_driver._idle)]
+sessions = [OnnxSession(directory, device="cuda") for _ in range(2)]  # the first takes up the stream
+idle.append(len(cuda_driver._idle))
+del sessions
+gc.collect()
+idle.append(len(cuda_driver._idle))
+print(json.dumps([seen, wrong, live, idle]))
+"""
+
+
+@pytest.mark.parametrize(("shard", "linked"), [("5GB", False), ("100KB", False), ("100KB", True)])
+def test_weights_are_the_bytes_of_the_shards_and_are_given_back(libraries, make_llama, tmp_path, shard, linked):
+    source = make_llama(dtype="float16", hidden_size=128, intermediate_size=256)
+    convert(source, tmp_path / "out", layers="1", max_shard_size=shard)
+    if linked:  # as in the Hub's cache
+        (tmp_path / "out").rename(tmp_path / "files")
+        (tmp_path / "out").mkdir(), (tmp_path / "blobs").mkdir()
+        for number, file in enumerate((tmp_path / "files").iterdir()):
+            file.rename(tmp_path / "blobs" / str(number))
+            (tmp_path / "out" / file.name).symlink_to(f"../blobs/{number}")
+    seen, wrong, live, idle = json.loads(run(libraries, WEIGHTS, tmp_path / "out"))
+    assert not wrong
+    assert live == [seen, seen, 0]  # as long as a session has them
+    assert idle == [1, 0, 2]
+
+
+OPEN = """
+import sys
+import onnxruntime
+from export.onnx import cuda_driver, gpu_weights, session as module
+from export.onnx.session import OnnxSession
+from pruner.errors import PruneAttnError
+onnxruntime.preload_dlls = lambda: None
+call = cuda_driver._call
+def failing(name):
+    cuda_driver._call = lambda function, *arguments: 2 if function == name else call(function, *arguments)
+def opened(device):
+    try:
+        session = OnnxSession(sys.argv[1], device=device)
+        print(session.device, "own step" if session._stepper else "whole", session.why_not_cuda)
+    except PruneAttnError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def fp16(make_llama, tmp_path):
+    convert(make_llama(dtype="float16"), tmp_path / "out", layers="1")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("cuMemAlloc_v2", "the GPU's memory is too small: "),
+        ("cuMemHostAlloc", "no page-locked memory for 16,777,216 bytes (CUDA error 2)"),
+        ("cuMemcpyHtoD_v2", "bytes could not be copied to the GPU (CUDA error 2)"),
+    ],
+)
+def test_what_a_gpu_refuses_is_said_of_the_shard(libraries, fp16, function, said):
+    code = f"{OPEN}failing({function!r})\nopened('cuda')\nopened('auto')\n"
+    error, auto = run(libraries, code, fp16).splitlines()
+    assert error.startswith(f"{fp16 / 'model.safetensors'}: ")
+    assert said in error
+    assert auto == f"cpu whole {error}"
+
+
+def test_copying_stops_with_an_open_that_fails(libraries, fp16):
+    code = f"""{OPEN}
+import threading, time
+gpu_weights._CHUNK, copies = 1000, []
+write = gpu_weights.GpuMemory.write
+def slow(*arguments):
+    time.sleep(0.05)
+    copies.append(write(*arguments))
+gpu_weights.GpuMemory.write = slow
+def fails(*arguments):
+    raise RuntimeError("no session in this test")
+module._session = fails
+opened("cuda")
+time.sleep(0.1)
+print(len(copies) <= 2 * gpu_weights._THREADS, threading.active_count())
+"""
+    error, stopped = run(libraries, code, fp16).splitlines()
+    assert "no session in this test" in error
+    assert stopped == "True 1"
+
+
+def test_a_session_in_a_cycle_when_python_ends(libraries, fp16):
+    code = f"{OPEN}session = OnnxSession(sys.argv[1], device='cuda')\nsession.itself = session\ndel session\n"
+    run(libraries, code, fp16)
+
+
+def test_a_graph_that_was_edited_runs_as_it_is(libraries, fp16):
+    code = f"{OPEN}opened('cuda')\n"
+    assert run(libraries, code, fp16) == "cuda own step None\n"
+    model = onnx.load(fp16 / GRAPH, load_external_data=False)
+    node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    next(a for a in node.attribute if a.name == "scale").f *= 2
+    onnx.save(model, fp16 / GRAPH)
+    assert run(libraries, code, fp16) == "cuda whole None\n"
+
+
+def test_a_step_that_differs_gives_way_to_the_graph(libraries, fp16):
+    """The stand-ins compute nothing, so that nothing agrees with anything."""
+    code = f"""{OPEN}
+import numpy, warnings
+numpy.seterr(all="ignore")
+session = OnnxSession(sys.argv[1], device="cuda")
+session.prefill([[5, 6, 7]])
+with warnings.catch_warnings(record=True) as caught:
+    print(session.decode([3]).shape, session._stepper, [w.category.__name__ for w in caught])
+print(session.decode([3]).shape, session._mask.sum())
+"""
+    assert run(libraries, code, fp16).splitlines() == ["(1, 128) None ['RuntimeWarning']", "(1, 128) 5"]

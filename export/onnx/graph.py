@@ -23,8 +23,8 @@ from pruner.checkpoint import CONFIG, Checkpoint, Tensor
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES
 
-_MICROSOFT = "com.microsoft"
-_OPSETS = (("", 23), (_MICROSOFT, 1))
+MICROSOFT = "com.microsoft"
+_OPSETS = (("", 23), (MICROSOFT, 1))
 _IR_VERSION = 11  # the first with opset 23
 
 VERSION, SOURCE, PLAN, SHARDS, OPTIONS = (
@@ -55,7 +55,7 @@ def build_graph(
         raise PruneAttnError(f"{path}: hidden_act {activation!r} has no ONNX graph; only silu has")
     if any(decoder.attention) and decoder.head_dim % 16:
         raise PruneAttnError(f"{path}: head size {decoder.head_dim}: ONNX Runtime's attention wants a multiple of 16")
-    builder = _Builder(checkpoint, model_context(checkpoint, options.context))
+    builder = Builder(checkpoint, model_context(checkpoint, options.context))
     return builder.model(
         options.last_token_logits,
         {
@@ -80,7 +80,7 @@ def model_context(checkpoint: Checkpoint, context: int | None = None) -> int:
     return context
 
 
-class _Builder:
+class Builder:
     """Nodes and initializers under construction. Methods take and return names of values."""
 
     def __init__(self, checkpoint: Checkpoint, context: int) -> None:
@@ -114,7 +114,7 @@ class _Builder:
         have, parts = self.checkpoint.tensors, parts or [name]
         matrix = self.weight(f"{name}.weight", [have[f"{part}.weight"] for part in parts])
         biased = f"{parts[0]}.bias" in have
-        y = self.node(f"{_MICROSOFT}:FusedMatMul", [x, matrix], f"{name}.matmul" if biased else name, transB=1)
+        y = self.node(f"{MICROSOFT}:FusedMatMul", [x, matrix], f"{name}.matmul" if biased else name, transB=1)
         if biased:
             y = self.node("Add", [y, self.weight(f"{name}.bias", [have[f"{part}.bias"] for part in parts])], name)
         return y
@@ -127,7 +127,7 @@ class _Builder:
         # outputs 1 and 2 stay empty: they are for training, and fp16 kernels do not have them
         outputs = [name, "", "", f"{name}.residual"]
         self.node(
-            f"{_MICROSOFT}:SkipSimplifiedLayerNormalization", [residual, update, weight], name, outputs,
+            f"{MICROSOFT}:SkipSimplifiedLayerNormalization", [residual, update, weight], name, outputs,
             epsilon=self.epsilon,
         )  # fmt: skip
         return name, outputs[3]
@@ -145,7 +145,7 @@ class _Builder:
         )
         inputs = [*qkv, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
         self.node(
-            f"{_MICROSOFT}:GroupQueryAttention", inputs, p, [p, *present], num_heads=d.num_heads,
+            f"{MICROSOFT}:GroupQueryAttention", inputs, p, [p, *present], num_heads=d.num_heads,
             kv_num_heads=d.num_kv_heads, scale=d.head_dim**-0.5, do_rotary=1, rotary_interleaved=0,
         )  # fmt: skip
         return self.linear(p, f"{p}.o_proj")
@@ -233,7 +233,7 @@ class _Builder:
             x = self.node("GatherND", [x, columns], "last_token", batch_dims=1)
         head = self.tensor(self.checkpoint.head)
         wide = self.element != TensorProto.FLOAT  # widened on the device: hosts do it slowly, or cannot (bfloat16)
-        logits = self.node(f"{_MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)
+        logits = self.node(f"{MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)
         if wide:
             self.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
 

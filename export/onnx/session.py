@@ -1,8 +1,9 @@
 """``OnnxSession``: ``model.onnx`` as a ``LanguageModel`` in ONNX Runtime, honest about the device it runs on.
 
 Everything is bound (IO binding): one KV buffer for the whole context stands for past and present at once, so that
-nothing is copied a step, and on CUDA the decode step is one captured graph. That needs a mask of fixed length, of
-which the graph reads the sums. Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
+nothing is copied a step, and on CUDA the decode step is one captured graph: for one row of decode.py, where this ONNX
+Runtime can share weights with it, else of ``model.onnx`` with a mask of fixed length. Source:
+https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import contextlib
 import ctypes
 import io
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
+from onnx import ModelProto
 
 from export.onnx import GRAPH, GraphOptions
-from export.onnx.pinned import pinned
-from export.onnx.staleness import check_fresh, graph_options, read_graph
+from export.onnx.cuda_driver import borrow_stream, pinned
+from export.onnx.decode import GATE, GATE_UP, PAST_LENGTHS, UP, decode_step
+from export.onnx.gpu_weights import GpuWeights
+from export.onnx.staleness import check_fresh, graph_options, is_as_written, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.llama import WEIGHT_DTYPES, Decoder
@@ -30,14 +36,18 @@ _CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR of the dr
 _HOPPER = 9
 # What must not be left to the CPU. session.disable_cpu_ep_fallback would refuse the few shape operators too, which
 # ONNX Runtime places there by design.
-_HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "RMSNormalization"}
+_HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "RMSNormalization", "GatedRMSNorm"}
 # ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 to 70 ms, where on an
 # H200 the prefill of 600 tokens takes 17. Prompts are padded to multiples of this, so that plans are met again.
 _BUCKET = 64
 # Weights straight from the driver, not from the arena, which grows by powers of two: 1.8 GB less at 13B (docs/cuda.md)
 _CUDA_ENTRIES = {"session.use_device_allocator_for_initializers": "1"}
 _MAX_LENGTH = 4096  # the KV buffer is allocated at once, so a 128k context is taken only when asked for
+_SHARING = (1, 31)  # the ONNX Runtime that has all that decode.py and gpu_weights.py ask for
+_AGREE = 0.1  # relative difference of logits: rounding makes 0.01 in bfloat16, one operator gone wrong makes 1
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
+
+_Sessions: TypeAlias = "tuple[Any, Any | None]"  # of model.onnx, and of decode.py
 
 
 def context_of(checkpoint: Checkpoint, options: GraphOptions | None = None) -> int:
@@ -65,7 +75,8 @@ class OnnxSession:
         cuda_graph: bool = True,
     ) -> None:
         checkpoint = open_checkpoint(directory)
-        options = graph_options(check_fresh(checkpoint))
+        graph = check_fresh(checkpoint)
+        options = graph_options(graph)
         context = context_of(checkpoint, options)
         if max_length is not None and not 1 <= max_length <= context:
             raise PruneAttnError(
@@ -76,11 +87,15 @@ class OnnxSession:
         self.max_length = max_length or min(context, _MAX_LENGTH)
         self.last_token_logits = options.last_token_logits
         self.dtype = WEIGHT_DTYPES[checkpoint.dtypes[0]]
-        self.device, self._session, self.why_not_cuda = _open(checkpoint, self.dtype, device, cuda_graph)
+        self.device, (self._session, self._stepper), self.why_not_cuda = _open(
+            checkpoint, self.dtype, device,
+            lambda: _cuda_sessions(checkpoint, graph, self.max_length, cuda_graph, self),
+        )  # fmt: skip
         self._cuda_graph = cuda_graph and self.device == "cuda"
         self._slots = len(checkpoint.decoder.present("attention"))
         self._graph_id = 0
         self._batch = 0  # rows that the buffers are for
+        self._unproven = True  # until the decode step's own graph has been seen to agree with model.onnx
         self.reset()
 
     # -- LanguageModel -------------------------------------------------------------------------------------------------
@@ -119,7 +134,7 @@ class OnnxSession:
         mask = (np.arange(int(past[0]) + width) < (past + new)[:, None]).astype(np.int64)
         out = self._run(self._checked(ids), mask, self._cache)
         self._lengths = past + new
-        self._mask[:] = np.arange(self.max_length) < self._lengths[:, None]
+        self._fill_mask(self._lengths)
         return out[:, 0] if self.last_token_logits else out[np.arange(len(new)), new - 1]
 
     def decode(self, tokens: Sequence[int]) -> Logits:
@@ -129,11 +144,15 @@ class OnnxSession:
             raise PruneAttnError(f"{len(tokens)} tokens were given for the {len(self._lengths)} rows in the cache")
         ids = self._checked(np.asarray(tokens)[:, None])
         self._check_room(self._lengths + 1)
-        self._mask[np.arange(len(tokens)), self._lengths] = 1
-        self._ids[:] = ids
-        self._session.run_with_iobinding(self._step, self._run_options(self._graph_id))
+        if self._mask is not None:
+            self._mask[np.arange(len(tokens)), self._lengths] = 1
+        self._past[:], self._ids[:] = self._lengths, ids
+        self._runner.run_with_iobinding(self._step, self._run_options(self._graph_id))
+        logits = self._logits[:, 0].copy()  # it is the buffer of the next step too
+        if self._unproven and self._runner is self._stepper:
+            logits = self._proven(logits, ids)
         self._lengths = self._lengths + 1
-        return self._logits[:, 0].copy()  # it is the buffer of the next step too
+        return logits
 
     def reset(self) -> None:
         self._lengths: np.ndarray | None = None  # tokens in the cache, a row
@@ -181,25 +200,73 @@ class OnnxSession:
         self._batch, self._step, self._cache = 0, None, []  # given back before new ones are asked for
         shape = (batch, self.max_length)
         self._cache = [(self._buffer(shape), self._buffer(shape)) for _ in range(self._slots)]
-        array = pinned if self.device == "cuda" else np.zeros
-        self._ids, self._mask = array((batch, 1), np.int64), array(shape, np.int64)
-        self._logits = array((batch, 1, self.vocab_size), np.float32)
-        self._step = self._session.io_binding()
+        self._bind_step(batch)
+        self._batch = batch
+
+    def _bind_step(self, batch: int) -> None:
+        shape, array = (batch, self.max_length), pinned if self.device == "cuda" else np.zeros
+        self._runner = self._stepper if self._stepper and batch == 1 else self._session
+        try:
+            self._ids, self._past = array((batch, 1), np.int64), array((batch,), np.int64)
+            self._logits = array((batch, 1, self.vocab_size), np.float32)
+            self._mask = array(shape, np.int64) if self._runner is self._session else None
+        except MachineError as error:
+            raise MachineError(f"{error}; lower the batch") from None
+        self._step = self._runner.io_binding()
+        lengths = (PAST_LENGTHS, self._past) if self._mask is None else ("attention_mask", self._mask)
         for bind, name, value in (
             (self._step.bind_input, "input_ids", self._ids),
-            (self._step.bind_input, "attention_mask", self._mask),
+            (self._step.bind_input, *lengths),
             (self._step.bind_output, "logits", self._logits),
         ):
             bind(name, self.device, 0, value.dtype, value.shape, value.ctypes.data)
         self._bind_cache(self._step, self._cache)
+        self._bind_products()
         self._graph_id += 1  # a captured graph holds addresses, so new buffers need a new one
-        self._batch = batch
+
+    def _fill_mask(self, lengths: np.ndarray) -> None:
+        if self._mask is not None:
+            self._mask[:] = np.arange(self.max_length) < lengths[:, None]
 
     def _bind_cache(self, binding: Any, cache: Sequence[tuple[Any, ...]]) -> None:
         for slot, pair in enumerate(cache):
             for name, value in zip(("key", "value"), pair, strict=True):
                 binding.bind_ortvalue_input(f"past_key_values.{slot}.{name}", value)
                 binding.bind_ortvalue_output(f"present.{slot}.{name}", value)
+
+    def _bind_products(self) -> None:
+        """One buffer for every layer's gate and up, which decode.py gives out as one value and takes in as two."""
+        products = [value.name for value in self._runner.get_outputs() if value.name.endswith(GATE_UP)]
+        if not products:
+            return
+        element, width = _ELEMENT_TYPES[self.dtype], self.decoder.intermediate_size
+        self._product = self._value((1, 1, 2 * width), element)
+        for name in products:
+            self._step.bind_ortvalue_output(name, self._product)
+        for half, name in enumerate((GATE, UP)):
+            address = self._product.data_ptr() + half * self._product.tensor_size_in_bytes() // 2
+            self._step.bind_input(name, self.device, 0, element, (1, 1, width), address)
+
+    def _proven(self, logits: Logits, ids: np.ndarray) -> Logits:
+        """The same step by ``model.onnx``, over the same place in the cache; its logits, from now on, if they differ.
+
+        Done at the first step of a session, since no test of ours knows the user's GPU, driver and ONNX Runtime.
+        """
+        self._unproven = False
+        proof = self._run(ids, np.ones((1, int(self._lengths[0]) + 1), np.int64), self._cache)[:, -1]
+        difference = np.linalg.norm(logits - proof) / np.linalg.norm(proof)
+        if difference < _AGREE:
+            return logits
+        warnings.warn(
+            f"a decode step by its own graph has other logits than by {GRAPH} (relative difference {difference:.2g}); "
+            f"decoding goes on with {GRAPH}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        self._stepper = None
+        self._bind_step(1)
+        self._fill_mask(self._lengths + 1)
+        return proof
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, cache: Sequence[tuple[Any, ...]]) -> Logits:
         """One call outside of any CUDA graph; logits on the host."""
@@ -228,8 +295,10 @@ class OnnxSession:
         return options
 
 
-def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> tuple[str, Any, str | None]:
-    """(device, session, why it is not CUDA)."""
+def _open(
+    checkpoint: Checkpoint, dtype: str, device: str, on_cuda: Callable[[], _Sessions]
+) -> tuple[str, _Sessions, str | None]:
+    """(device, sessions, why it is not CUDA)."""
     path = checkpoint.path / GRAPH
     if device not in ("auto", "cpu", "cuda"):
         raise PruneAttnError(f"unknown device {device!r}; choose auto, cpu or cuda")
@@ -241,7 +310,7 @@ def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> 
                     f"{path}: float32 has no CUDA attention kernel in ONNX Runtime; convert with --dtype float16, "
                     "or use --device cpu"
                 )
-            return "cuda", _cuda_session(path, checkpoint.decoder, cuda_graph), None
+            return "cuda", on_cuda(), None
         except PruneAttnError as error:
             if device == "cuda":
                 raise
@@ -252,13 +321,18 @@ def _open(checkpoint: Checkpoint, dtype: str, device: str, cuda_graph: bool) -> 
             + (f" (CUDA was not taken: {reason})" if reason else ", or use --device cuda")
         )
     try:
-        return "cpu", _session(path, ["CPUExecutionProvider"], {}), reason
+        return "cpu", (_session(path, ["CPUExecutionProvider"], {}), None), reason
     except Exception as error:  # ONNX Runtime's own classes
         cure = f"; see prune-attn verify {checkpoint.path}"
         raise PruneAttnError(f"{path}: ONNX Runtime cannot open it ({one_line(error)}){cure}") from None
 
 
-def _session(path: Path, providers: list[Any], entries: dict[str, str]) -> Any:
+def _session(
+    model: Path | bytes,
+    providers: list[Any],
+    entries: Mapping[str, str],
+    values: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -266,20 +340,58 @@ def _session(path: Path, providers: list[Any], entries: dict[str, str]) -> Any:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
-    return onnxruntime.InferenceSession(path, options, providers=providers)
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    return onnxruntime.InferenceSession(model, options, providers=providers)
 
 
-def _cuda_session(path: Path, decoder: Decoder, cuda_graph: bool) -> Any:
+def _cuda_sessions(
+    checkpoint: Checkpoint, graph: ModelProto, max_length: int, cuda_graph: bool, owner: object
+) -> _Sessions:
+    """Of ``model.onnx`` and, where it can be, of the decode step: over the same weights, and on one stream.
+
+    On two streams a decode step is 2 to 3% slower as soon as a prompt has run on the other one (docs/cuda.md).
+    """
     import onnxruntime
 
-    if _CUDA not in onnxruntime.get_available_providers():
-        raise PruneAttnError(
-            "this onnxruntime was built without CUDA; pip uninstall onnxruntime, then pip install onnxruntime-gpu"
-        )
-    with contextlib.redirect_stdout(io.StringIO()):
-        onnxruntime.preload_dlls()  # finds CUDA and cuDNN that pip installed
-    capability = _check_cuda(Path(onnxruntime.__file__).parent / "capi")
-    provider = (_CUDA, {"device_id": 0, "enable_cuda_graph": str(int(cuda_graph))})
+    path, decoder, capability = checkpoint.path / GRAPH, checkpoint.decoder, _check_cuda()
+    release = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    files = {shard.path.name: shard.path.resolve() for shard in checkpoint.shards}
+    folders = {file.parent for file in files.values()}
+    alone = release < _SHARING or len(folders) > 1 or not decoder.present("attention")
+    if alone or not is_as_written(graph, checkpoint):
+        return _cuda_session(path, decoder, capability, cuda_graph), None
+    step = decode_step(checkpoint, graph_options(graph).context, max_length)
+    with GpuWeights(checkpoint.path, [graph, step]) as weights:
+        shared: dict[str, Any] = {"values": weights.values, "stream": borrow_stream(owner)}
+        whole = _cuda_session(path, decoder, capability, cuda_graph, **shared)
+        # it looks where the weights of a model without a file lie, and follows no link, though it reads nothing
+        for entry in (entry for tensor in step.graph.initializer for entry in tensor.external_data):
+            if entry.key == "location":
+                entry.value = files[entry.value].name
+        folder = {"session.model_external_initializers_file_folder_path": str(folders.pop())}
+        model = step.SerializeToString()
+        steps = _cuda_session(path, decoder, capability, cuda_graph, model=model, entries=folder, **shared)
+    return whole, steps
+
+
+def _cuda_session(
+    path: Path,
+    decoder: Decoder,
+    capability: int,
+    cuda_graph: bool,
+    *,
+    values: Mapping[str, Any] = MappingProxyType({}),
+    stream: int | None = None,
+    model: bytes | None = None,
+    entries: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
+    """Of ``path``, or of another ``model`` of its weights; ``values``: initializers that are on the GPU already."""
+    import onnxruntime
+
+    provider = {"device_id": 0, "enable_cuda_graph": str(int(cuda_graph))}
+    if stream is not None:
+        provider["user_compute_stream"] = str(stream)
     onnxruntime.set_default_logger_severity(3)  # it warns of a plugin that nobody asked for
     settings = {}
     if capability == _HOPPER:  # measured there only (docs/cuda.md)
@@ -289,7 +401,7 @@ def _cuda_session(path: Path, decoder: Decoder, cuda_graph: bool) -> Any:
             settings["ORT_ENABLE_XQA"] = "0"
     try:
         with _environment(settings):
-            session = _session(path, [provider], _CUDA_ENTRIES)
+            session = _session(model or path, [(_CUDA, provider)], _CUDA_ENTRIES | entries, values)
     except Exception as error:
         if "llocat" in str(error):
             raise MachineError(f"{path}: the GPU's memory is too small ({one_line(error)})") from None
@@ -327,8 +439,17 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def _check_cuda(capi: Path) -> int:
+def _check_cuda() -> int:
     """The GPU's compute capability (major). ``PruneAttnError`` that names what CUDA lacks: driver, GPU or library."""
+    import onnxruntime
+
+    if _CUDA not in onnxruntime.get_available_providers():
+        raise PruneAttnError(
+            "this onnxruntime was built without CUDA; pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()  # finds CUDA and cuDNN that pip installed
+    capi = Path(onnxruntime.__file__).parent / "capi"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from pruner.text import load_tokenizer
 
 @dataclass(frozen=True)
 class Generated:
-    """``text`` is what was added; ``tokens_per_second`` counts decode steps alone (``None``: there was none)."""
+    """``text`` is what was added; ``tokens_per_second`` is by the median decode step (``None``: there was none).
+
+    The first of them is no measure: on CUDA it captures the graph that the others are.
+    """
 
     text: str
     tokens: list[int]
@@ -65,12 +69,12 @@ def generate(
     shown, out = "", []
     started = time.perf_counter()
     logits = model.prefill([ids])
-    prefill_ms, decoding = 1000 * (time.perf_counter() - started), 0.0
+    prefill_ms, steps = 1000 * (time.perf_counter() - started), []
     for _ in range(min(new_tokens, model.max_length - len(ids))):
         if out:
             started = time.perf_counter()
             logits = model.decode(out[-1:])
-            decoding += time.perf_counter() - started
+            steps.append(time.perf_counter() - started)
         out.append(int(logits[0].argmax()))
         if out[-1] in ends:
             break
@@ -81,7 +85,7 @@ def generate(
     text = text_of(out)
     if write:
         write(text[len(shown) :])
-    speed = (len(out) - 1) / decoding if len(out) > 1 else None
+    speed = 1 / statistics.median(steps) if steps else None
     return Generated(text, out, len(ids), backend, took, prefill_ms, speed)
 
 

@@ -150,7 +150,7 @@ def run_builder(
             if defaults:
                 ours._HOPPER, ours._CUDA_ENTRIES = None, {}
             self._session, self._stepper = ours._cuda_session(path, self.decoder, ours._check_cuda(), cuda_graph), None
-            self._slots, self._graph_id, self._batch, self._unproven = self.decoder.num_layers, 0, 0, False
+            self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
             self.reset()
 
     return measure(Foreign, prompts)
@@ -209,8 +209,8 @@ def run_correct(dtype: str, directory: str) -> dict[str, Any]:
             following = want[-1].argmax(-1).tolist()
             got.append(ours.decode(following))
             want.append(truth.decode(following))
-        own = ours._stepper is not None and ours._runner is ours._stepper
-        compare(f"prefill of {name}, 64 decode steps" + " by a graph of their own" * own, got, want)
+        own = " by a graph of their own" * (ours._runner is ours._stepper)
+        compare(f"prefill of {name}, 64 decode steps{own}", got, want)
     ours.reset(), truth.reset()
     got, want = [], []
     for part in (tokens[:30], tokens[30:31], tokens[31:200]):

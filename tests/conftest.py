@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+def hub_snapshot(files: Path, repository: Path) -> Path:
+    """These files as ``snapshot_download`` lays them out: links of a snapshot, which is returned, into ``blobs/``."""
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted(files.iterdir())):
+        shutil.copy(file, blobs / f"blob{i}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob{i}")
+    return snapshot
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED, edit_config, tree
+from conftest import SHIPPED, edit_config, hub_snapshot, tree
 from oracle import greedy, ids, logits, original, pruned
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -295,13 +295,7 @@ def test_overflow_is_refused_and_nothing_written(make_llama, tmp_path):
 
 
 def test_hub_cache_snapshot_is_a_source_and_the_output_holds_real_files(shipped, tmp_path):
-    repo = tmp_path / "models--someone--gutenberg"
-    (repo / "blobs").mkdir(parents=True)
-    snapshot = repo / "snapshots" / "0123abcd"
-    snapshot.mkdir(parents=True)
-    for i, file in enumerate(sorted(shipped.iterdir())):
-        shutil.copy(file, repo / "blobs" / f"blob{i}")
-        (snapshot / file.name).symlink_to(f"../../blobs/blob{i}")
+    snapshot = hub_snapshot(shipped, tmp_path / "models--someone--gutenberg")
     convert(snapshot, tmp_path / "out", drop=4)
     assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
     assert verify(tmp_path / "out", snapshot).ok

@@ -17,6 +17,7 @@ import fake_cuda
 import onnx
 import onnxruntime
 import pytest
+from conftest import hub_snapshot
 
 from export import convert, export
 from export.onnx import GRAPH
@@ -183,15 +184,11 @@ print(json.dumps([seen, wrong, live, idle]))
 
 @pytest.mark.parametrize(("shard", "linked"), [("5GB", False), ("100KB", False), ("100KB", True)])
 def test_weights_are_the_bytes_of_the_shards_and_are_given_back(libraries, make_llama, tmp_path, shard, linked):
-    source = make_llama(dtype="float16", hidden_size=128, intermediate_size=256)
-    convert(source, tmp_path / "out", layers="1", max_shard_size=shard)
-    if linked:  # as in the Hub's cache
-        (tmp_path / "out").rename(tmp_path / "files")
-        (tmp_path / "out").mkdir(), (tmp_path / "blobs").mkdir()
-        for number, file in enumerate((tmp_path / "files").iterdir()):
-            file.rename(tmp_path / "blobs" / str(number))
-            (tmp_path / "out" / file.name).symlink_to(f"../blobs/{number}")
-    seen, wrong, live, idle = json.loads(run(libraries, WEIGHTS, tmp_path / "out"))
+    source, out = make_llama(dtype="float16", hidden_size=128, intermediate_size=256), tmp_path / "out"
+    convert(source, out, layers="1", max_shard_size=shard)
+    if linked:
+        out = hub_snapshot(out, tmp_path / "models--a--b")
+    seen, wrong, live, idle = json.loads(run(libraries, WEIGHTS, out))
     assert not wrong
     assert live == [seen, seen, 0]  # as long as a session has them
     assert idle == [1, 0, 2]
@@ -236,6 +233,18 @@ def test_what_a_gpu_refuses_is_said_of_the_shard(libraries, fp16, function, said
     assert error.startswith(f"{fp16 / 'model.safetensors'}: ")
     assert said in error
     assert auto == f"cpu whole {error}"
+
+
+def test_buffers_of_too_large_a_batch(libraries, fp16):
+    code = f"""{OPEN}
+session = OnnxSession(sys.argv[1], device="cuda")
+failing("cuMemHostAlloc")
+try:
+    session.prefill([[5, 6, 7]])
+except PruneAttnError as error:
+    print(error)
+"""
+    assert run(libraries, code, fp16) == "no page-locked memory for 8 bytes (CUDA error 2); lower the batch\n"
 
 
 def test_copying_stops_with_an_open_that_fails(libraries, fp16):

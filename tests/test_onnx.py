@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import edit_config
+from conftest import edit_config, hub_snapshot
 
 from export import convert, export, verify
 from export.generate import generate
@@ -46,6 +46,18 @@ def random_llama(directory: Path, dtype: str = "float32", shard: str = "5GB", **
             torch.nn.init.normal_(parameter)
     model.save_pretrained(directory, max_shard_size=shard)
     return directory
+
+
+def converted(place: Path, fields: dict, options: dict) -> TorchLanguageModel:
+    """``convert`` a random model of these fields to ``place / "out"``; PyTorch with the same sublayers switched off."""
+    source = random_llama(place / "source", **fields)
+    convert(source, place / "out", **options)
+    oracle, layers = TorchLanguageModel(source), open_checkpoint(place / "out").decoder
+    oracle.switch_off(
+        set(range(layers.num_layers)) - set(layers.present("attention")),
+        set(range(layers.num_layers)) - set(layers.present("mlp")),
+    )
+    return oracle
 
 
 def difference(session, oracle, prompts, steps: int = 8) -> float:
@@ -178,17 +190,10 @@ def test_decode_step_of_its_own(copy, oracle, ids):
     ],
 )
 def test_shapes_of_the_decode_step(tmp_path, fields, options, operators):
-    source = random_llama(tmp_path / "source", **fields)
-    convert(source, tmp_path / "out", **options)
+    oracle = converted(tmp_path, fields, options)
     session = with_decode_step(tmp_path / "out")
     ran = [node.op_type for node in onnx.load(tmp_path / "out/step.onnx", load_external_data=False).graph.node]
     assert {operator: ran.count(operator) for operator in operators} == operators
-    oracle = TorchLanguageModel(source)
-    layers = open_checkpoint(tmp_path / "out").decoder
-    oracle.switch_off(
-        set(range(layers.num_layers)) - set(layers.present("attention")),
-        set(range(layers.num_layers)) - set(layers.present("mlp")),
-    )
     rng = np.random.default_rng(0)
     for length in (150, 40):
         assert difference(session, oracle, [rng.integers(0, 64, length).tolist()]) < LIMIT
@@ -255,15 +260,8 @@ def test_prefill_in_parts(session, oracle, ids):
     ],
 )  # fmt: skip
 def test_shapes(tmp_path, fields, options):
-    source = random_llama(tmp_path / "source", **fields)
-    convert(source, tmp_path / "out", **options)
+    oracle = converted(tmp_path, fields, options)
     onnx.checker.check_model(tmp_path / "out" / GRAPH)
-    oracle = TorchLanguageModel(source)
-    layers = open_checkpoint(tmp_path / "out").decoder
-    oracle.switch_off(
-        set(range(layers.num_layers)) - set(layers.present("attention")),
-        set(range(layers.num_layers)) - set(layers.present("mlp")),
-    )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 64, n).tolist() for n in (150, 40)]
     assert difference(OnnxSession(tmp_path / "out"), oracle, prompts) < LIMIT
@@ -576,11 +574,7 @@ def test_an_export_killed_in_place_leaves_a_graph_that_runs(copy, session, ids, 
 
 
 def test_hub_cache_links(pruned, tmp_path, session, ids):
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0"
-    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
-    for i, file in enumerate(sorted(pruned.iterdir())):
-        shutil.copy(file, blobs / str(i))
-        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    snapshot = hub_snapshot(pruned, tmp_path / "models--a--b")
     batch = np.array([ids])
     assert np.array_equal(OnnxSession(snapshot).logits(batch), session.logits(batch))
     assert genai_tokens(snapshot, ids) == genai_tokens(pruned, ids)

@@ -17,6 +17,7 @@ from export.onnx.graph import MICROSOFT, Builder, model_context
 from pruner.checkpoint import Checkpoint
 
 PAST_LENGTHS, GATE, UP, GATE_UP = "past_lengths", "gate", "up", "gate_up_proj"
+_ALIGNMENT = 256  # bytes, of what CUDA allocates, and so of up too, which has its memory within that of both
 _EPSILON, _SCALE = 2.0**30, 2.0**15  # sqrt(epsilon): the norm of anything small beside it is the thing itself
 
 
@@ -27,12 +28,8 @@ def decode_step(checkpoint: Checkpoint, context: int | None, max_length: int) ->
     one. ``context`` as in ``GraphOptions``. Weights: ranges of the shards, as there. Outputs named ``gate_up_proj``
     (1, 1, 2 * F) are one buffer too, and the inputs ``gate`` and ``up`` (1, 1, F) its halves.
     """
-    builder = _Step(checkpoint, model_context(checkpoint, context))
-    builder.max_length, builder.products = max_length, []
+    builder = _Step(checkpoint, model_context(checkpoint, context), max_length)
     model = builder.model(False, {})
-    for node in model.graph.input:
-        if node.name == "attention_mask":
-            node.CopyFrom(helper.make_tensor_value_info(PAST_LENGTHS, TensorProto.INT64, ["batch_size"]))
     width = checkpoint.decoder.intermediate_size
     if builder.products:
         model.graph.input.extend(builder.value(name, width) for name in (GATE, UP))
@@ -41,8 +38,12 @@ def decode_step(checkpoint: Checkpoint, context: int | None, max_length: int) ->
 
 
 class _Step(Builder):
-    max_length: int
-    products: list[str]
+    lengths_input = (PAST_LENGTHS, ("batch_size",))
+
+    def __init__(self, checkpoint: Checkpoint, context: int, max_length: int) -> None:
+        super().__init__(checkpoint, context)
+        self.max_length = max_length
+        self.products: list[str] = []
 
     def lengths(self) -> None:
         self.node("Cast", [PAST_LENGTHS], "seqlens_k", to=TensorProto.INT32)
@@ -62,14 +63,13 @@ class _Step(Builder):
             return super().mlp(x, layer)
         parts = [f"{p}.gate_proj", f"{p}.up_proj"]
         matrices = [self.checkpoint.tensors[f"{part}.weight"] for part in parts]
-        aligned = weights.adjacent(matrices) and matrices[0].nbytes % weights.ALIGNMENT == 0
+        aligned = weights.adjacent(matrices) and matrices[0].nbytes % _ALIGNMENT == 0
         if aligned and not d.mlp_bias:
             gate, up = self.halves(self.linear(x, f"{p}.{GATE_UP}", parts))
         else:
             gate, up = (self.linear(x, part) for part in parts)
-        if "gated.scale" not in self.initializers:
-            scale = helper.make_tensor("gated.scale", self.element, [group], [_SCALE] * group)
-            self.initializers["gated.scale"] = scale
+        scale = helper.make_tensor("gated.scale", self.element, [group], [_SCALE] * group)
+        self.initializers.setdefault("gated.scale", scale)
         y = self.node(f"{MICROSOFT}:GatedRMSNorm", [up, "gated.scale", gate], f"{p}.gated", epsilon=_EPSILON)
         return self.linear(y, f"{p}.down_proj")
 

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,15 +48,14 @@ class GpuWeights:
         self._chunks = deque((copy, done) for copy in copies for done in range(0, copy.memory.size, _CHUNK))
 
     def __enter__(self) -> GpuWeights:
-        pool = ThreadPoolExecutor(_THREADS)
-        self._copying = [pool.submit(self._copy) for _ in range(min(_THREADS, len(self._chunks)))]
-        pool.shutdown(wait=False)
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._copying = [self._pool.submit(self._copy) for _ in range(min(_THREADS, len(self._chunks)))]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind:
             self._chunks.clear()
-        wait(self._copying)
+        self._pool.shutdown()
         for copying in () if kind else self._copying:
             copying.result()
 
@@ -92,7 +91,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MachineError(f"{path}: {error.strerror}") from None
+        raise MachineError(f"{path}: {error.strerror or error}") from None
     except PruneAttnError as error:
         raise type(error)(f"{path}: {error}") from None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -82,6 +82,8 @@ def model_context(checkpoint: Checkpoint, context: int | None = None) -> int:
 
 class Builder:
     """Nodes and initializers under construction. Methods take and return names of values."""
+
+    lengths_input: ClassVar = ("attention_mask", ("batch_size", "total_sequence_length"))  # what ``lengths`` reads
 
     def __init__(self, checkpoint: Checkpoint, context: int) -> None:
         self.checkpoint, self.decoder, self.context = checkpoint, checkpoint.decoder, context
@@ -245,9 +247,10 @@ class Builder:
             return [info(f"{kind}.{j}.{n}", self.element, shape) for j in range(len(slots)) for n in ("key", "value")]
 
         int64, time = TensorProto.INT64, 1 if last_token_logits else "sequence_length"
+        lengths, rows = self.lengths_input
         inputs = [
             info("input_ids", int64, ["batch_size", "sequence_length"]),
-            info("attention_mask", int64, ["batch_size", "total_sequence_length"]),
+            info(lengths, int64, rows),
             *cache("past_key_values", "past_sequence_length"),
         ]
         outputs = [

@@ -149,7 +149,7 @@ class OnnxSession:
         self._past[:], self._ids[:] = self._lengths, ids
         self._runner.run_with_iobinding(self._step, self._run_options(self._graph_id))
         logits = self._logits[:, 0].copy()  # it is the buffer of the next step too
-        if self._unproven and self._runner is self._stepper:
+        if self._runner is self._stepper and self._unproven:
             logits = self._proven(logits, ids)
         self._lengths = self._lengths + 1
         return logits

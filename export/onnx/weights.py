@@ -14,8 +14,6 @@ from pruner.checkpoint import Tensor
 
 ELEMENT_TYPES = {"F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16, "F32": TensorProto.FLOAT}
 
-ALIGNMENT = 256  # bytes, of every tensor on the GPU: CUDA's own
-
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:
     """Whether these tensors lie in one file, one right after the other, so that one initializer can span them."""

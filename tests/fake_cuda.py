@@ -28,7 +28,7 @@ static int device(void *prop) {
     return 0;
 }
 int cuDeviceGetCount(int *n) { *n = 1; return 0; }
-int cuDeviceGetAttribute(int *v, int a, int d) { *v = 8; return 0; }
+int cuDeviceGetAttribute(int *v, int a, int d) { *v = getenv("HOPPER") ? 9 : 8; return 0; }
 int cuMemHostAlloc(void **p, size_t n, unsigned f) { return take(p, n); }
 int cuMemFreeHost(void *p) { free(p); return 0; }
 int cuMemAlloc_v2(void **p, size_t n) { return take(p, n); }
@@ -68,6 +68,7 @@ void **__cudaRegisterFatBinary(void *p) { static void *one; return &one; }
 """
 _DRIVER = ["cuInit", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]  # our own calls
 _DRIVER += ["cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2"]
+_DRIVER += ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"]
 _CUDNN = "libcudnn.so.9"  # opened by name, so the provider does not list it
 
 

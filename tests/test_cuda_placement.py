@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_cuda
@@ -21,6 +22,7 @@ from conftest import hub_snapshot
 
 from export import convert, export
 from export.onnx import GRAPH
+from export.onnx.block_placement import BlockPlacement
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 SHAPES = {"mask.width", "total_sequence_length"}  # what stays on the host, where shapes lie
@@ -295,3 +297,77 @@ with warnings.catch_warnings(record=True) as caught:
 print(session.decode([3]).shape, session._mask.sum())
 """
     assert run(libraries, code, fp16).splitlines() == ["(1, 128) None ['RuntimeWarning']", "(1, 128) 5"]
+
+
+@pytest.mark.parametrize(("cuda_graph", "rows"), [(True, 1), (False, 1), (True, 2)])
+def test_on_hopper_a_decode_step_comes_after_an_empty_kernel(libraries, fp16, cuda_graph, rows, monkeypatch):
+    monkeypatch.setenv("HOPPER", "1")
+    code = f"""{OPEN}
+launched, plain = [], []
+def counting(function, *arguments):
+    if function == "cuLaunchKernel":
+        (launched if arguments[8].value else plain).append(arguments[1].value)
+    return call(function, *arguments)
+cuda_driver._call = counting
+session = OnnxSession(sys.argv[1], device="cuda", cuda_graph={cuda_graph})
+session._unproven = False
+for _ in range(2):
+    session.reset()
+    session.prefill([[5, 6, 7]] * {rows})
+    for _ in range(25):
+        session.decode([3] * {rows})
+assert session._placement.clusters is not None
+print(len(launched), sorted(set(launched)), plain)
+session._placement.clusters = 3
+session.decode([3] * {rows})
+print(launched[50:])
+failing("cuLaunchKernel")
+session.decode([3] * {rows})
+print(session._placement.clusters)
+"""
+    assert run(libraries, code, fp16).splitlines() == ["50 [4, 8, 12, 16, 32] []", "[12]", "0"]
+
+
+def test_no_empty_kernel_before_hopper(libraries, fp16):
+    code = f"{OPEN}session = OnnxSession(sys.argv[1], device='cuda')\nsession.prefill([[5]])\nprint(session._placement)"
+    assert run(libraries, code, fp16) == "None\n"
+
+
+class Gpu:
+    """A clock, and a step that takes 7 ms or 8, by what the last kernel left; ``sets``: those that decide it."""
+
+    def __init__(self, sets: dict[int, float], error: int = 0) -> None:
+        self.sets, self.error, self.step_ms, self.now, self.launched = sets, error, 8.0, 0.0, []
+
+    def launch(self, clusters: int) -> int:
+        self.launched.append(clusters)
+        self.step_ms = self.sets.get(clusters, self.step_ms)
+        return self.error
+
+    def decode(self, placement: BlockPlacement, times: int = 50) -> None:
+        for _ in range(times):
+            with placement.step():
+                self.now += self.step_ms / 1000
+
+
+@pytest.mark.parametrize(
+    ("sets", "error", "chosen"),
+    [
+        ({1: 7.0, 2: 8.0, 3: 8.0, 4: 8.0, 8: 8.0}, 0, 1),
+        ({1: 8.0, 3: 7.0, 8: 8.0}, 0, 3),  # 2 and 4 leave it as it was
+        ({1: 8.0, 2: 8.0, 4: 7.0}, 0, 4),
+        ({}, 0, 0),
+        ({1: 7.99}, 0, 0),
+        ({1: 7.0}, 719, 0),
+    ],
+)
+def test_the_kernel_that_decides_is_found(monkeypatch, sets, error, chosen):
+    gpu = Gpu(sets, error)
+    monkeypatch.setattr(time, "perf_counter", lambda: gpu.now)
+    placement = BlockPlacement(gpu.launch)
+    gpu.decode(placement)
+    assert placement.clusters == chosen
+    gpu.step_ms, gpu.launched = 8.0, []  # a prompt
+    gpu.decode(placement, 3)
+    assert gpu.launched == [chosen] * 3 * bool(chosen)
+    assert gpu.step_ms == (7.0 if chosen else 8.0)

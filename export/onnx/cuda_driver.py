@@ -1,7 +1,7 @@
-"""What ONNX Runtime's Python gives no way to: memory of the host's and the GPU's, and a stream, from CUDA's driver.
+"""What ONNX Runtime's Python gives no way to: the host's and the GPU's memory, streams and kernels, by CUDA's driver.
 
-Source: CUDA driver API, Memory Management, Stream Management and Unified Addressing (with it, host and GPU use the same
-address).
+Source: CUDA driver API, Memory Management, Stream Management, Execution Control and Unified Addressing (with it, host
+and GPU use the same address).
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ _PORTABLE_AND_MAPPED = 1 | 2  # CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICE
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, as ONNX Runtime's own
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _DEVICE = 0
+_CLUSTER = 4  # thread blocks, as in most of cuBLAS's products of one row on Hopper
+_EMPTY = b"""
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry empty() .explicitcluster .reqnctapercluster 4, 1, 1
+{
+ ret;
+}
+"""
 
 
 def pinned(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
@@ -72,6 +82,24 @@ def borrow_stream(owner: object) -> int:
 
 
 _idle: list[int] = []  # streams
+
+
+def launch_empty(stream: int, clusters: int) -> int:
+    """A kernel of so many thread block clusters that does nothing. CUDA's error, 0 for none."""
+    function, failed = _empty()
+    one, nothing = ctypes.c_uint(1), ctypes.c_void_p()
+    blocks, threads = ctypes.c_uint(clusters * _CLUSTER), ctypes.c_uint(32)
+    return failed or _call(
+        "cuLaunchKernel", function, blocks, one, one, threads, one, one, ctypes.c_uint(0), ctypes.c_void_p(stream),
+        nothing, nothing,
+    )  # fmt: skip
+
+
+@functools.cache
+def _empty() -> tuple[ctypes.c_void_p, int]:
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    failed = _call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(_EMPTY))
+    return function, failed or _call("cuModuleGetFunction", ctypes.byref(function), module, b"empty")
 
 
 def _call(function: str, *arguments: object) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import os
 import warnings
@@ -22,7 +23,8 @@ import numpy as np
 from onnx import ModelProto
 
 from export.onnx import GRAPH, GraphOptions
-from export.onnx.cuda_driver import borrow_stream, pinned
+from export.onnx.block_placement import BlockPlacement
+from export.onnx.cuda_driver import borrow_stream, launch_empty, pinned
 from export.onnx.decode import GATE, GATE_UP, PAST_LENGTHS, UP, decode_step
 from export.onnx.gpu_weights import GpuWeights
 from export.onnx.staleness import check_fresh, graph_options, is_as_written, read_graph
@@ -47,7 +49,8 @@ _SHARING = (1, 31)  # the ONNX Runtime that has all that decode.py and gpu_weigh
 _AGREE = 0.1  # relative difference of logits: rounding makes 0.01 in bfloat16, one operator gone wrong makes 1
 _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}  # 16: ONNX's own number, numpy has none
 
-_Sessions: TypeAlias = "tuple[Any, Any | None]"  # of model.onnx, and of decode.py
+# of model.onnx, of decode.py, and the stream of both where block_placement.py has a say
+_Sessions: TypeAlias = "tuple[Any, Any | None, int | None]"
 
 
 def context_of(checkpoint: Checkpoint, options: GraphOptions | None = None) -> int:
@@ -87,7 +90,7 @@ class OnnxSession:
         self.max_length = max_length or min(context, _MAX_LENGTH)
         self.last_token_logits = options.last_token_logits
         self.dtype = WEIGHT_DTYPES[checkpoint.dtypes[0]]
-        self.device, (self._session, self._stepper), self.why_not_cuda = _open(
+        self.device, (self._session, self._stepper, self._stream), self.why_not_cuda = _open(
             checkpoint, self.dtype, device,
             lambda: _cuda_sessions(checkpoint, graph, self.max_length, cuda_graph, self),
         )  # fmt: skip
@@ -95,6 +98,8 @@ class OnnxSession:
         self._slots = len(checkpoint.decoder.present("attention"))
         self._graph_id = 0
         self._batch = 0  # rows that the buffers are for
+        self._placement: BlockPlacement | None = None
+        self._placements: dict[int, BlockPlacement] = {}  # by batch
         self._unproven = True  # until the decode step's own graph has been seen to agree with model.onnx
         self.reset()
 
@@ -147,7 +152,8 @@ class OnnxSession:
         if self._mask is not None:
             self._mask[np.arange(len(tokens)), self._lengths] = 1
         self._past[:], self._ids[:] = self._lengths, ids
-        self._runner.run_with_iobinding(self._step, self._run_options(self._graph_id))
+        with self._placement.step() if self._placement else contextlib.nullcontext():
+            self._runner.run_with_iobinding(self._step, self._run_options(self._graph_id))
         logits = self._logits[:, 0].copy()  # it is the buffer of the next step too
         if self._runner is self._stepper and self._unproven:
             logits = self._proven(logits, ids)
@@ -223,6 +229,9 @@ class OnnxSession:
         self._bind_cache(self._step, self._cache)
         self._bind_products()
         self._graph_id += 1  # a captured graph holds addresses, so new buffers need a new one
+        if self._stream is not None:
+            launch = functools.partial(launch_empty, self._stream)
+            self._placement = self._placements.setdefault(batch, BlockPlacement(launch))
 
     def _fill_mask(self, lengths: np.ndarray) -> None:
         if self._mask is not None:
@@ -321,7 +330,7 @@ def _open(
             + (f" (CUDA was not taken: {reason})" if reason else ", or use --device cuda")
         )
     try:
-        return "cpu", (_session(path, ["CPUExecutionProvider"], {}), None), reason
+        return "cpu", (_session(path, ["CPUExecutionProvider"], {}), None, None), reason
     except Exception as error:  # ONNX Runtime's own classes
         cure = f"; see prune-attn verify {checkpoint.path}"
         raise PruneAttnError(f"{path}: ONNX Runtime cannot open it ({one_line(error)}){cure}") from None
@@ -360,10 +369,11 @@ def _cuda_sessions(
     folders = {file.parent for file in files.values()}
     alone = release < _SHARING or len(folders) > 1 or not decoder.present("attention")
     if alone or not is_as_written(graph, checkpoint):
-        return _cuda_session(path, decoder, capability, cuda_graph), None
+        return _cuda_session(path, decoder, capability, cuda_graph), None, None
     step = decode_step(checkpoint, graph_options(graph).context, max_length)
     with GpuWeights(checkpoint.path, [graph, step]) as weights:
-        shared: dict[str, Any] = {"values": weights.values, "stream": borrow_stream(owner)}
+        stream = borrow_stream(owner)
+        shared: dict[str, Any] = {"values": weights.values, "stream": stream}
         whole = _cuda_session(path, decoder, capability, cuda_graph, **shared)
         # it looks where the weights of a model without a file lie, and follows no link, though it reads nothing
         for entry in (entry for tensor in step.graph.initializer for entry in tensor.external_data):
@@ -372,7 +382,7 @@ def _cuda_sessions(
         folder = {"session.model_external_initializers_file_folder_path": str(folders.pop())}
         model = step.SerializeToString()
         steps = _cuda_session(path, decoder, capability, cuda_graph, model=model, entries=folder, **shared)
-    return whole, steps
+    return whole, steps, stream if capability == _HOPPER else None
 
 
 def _cuda_session(

@@ -24,7 +24,7 @@ from onnx import ModelProto
 
 from export.onnx import GRAPH, GraphOptions
 from export.onnx.block_placement import BlockPlacement
-from export.onnx.cuda_driver import borrow_stream, launch_empty, pinned
+from export.onnx.cuda_driver import GpuMemory, borrow_stream, launch_empty, pinned
 from export.onnx.decode import GATE, GATE_UP, PAST_LENGTHS, UP, decode_step
 from export.onnx.gpu_weights import GpuWeights
 from export.onnx.staleness import check_fresh, graph_options, is_as_written, read_graph
@@ -249,11 +249,15 @@ class OnnxSession:
         if not products:
             return
         element, width = _ELEMENT_TYPES[self.dtype], self.decoder.intermediate_size
-        self._product = self._value((1, 1, 2 * width), element)
+        if self.device == "cuda":  # not of the arena that the KV buffers fill: it would grow by 1 GiB for this
+            self._product: Any = GpuMemory(2 * width * 2)
+            start, half = self._product.address, width * 2
+        else:
+            self._product = self._value((1, 1, 2 * width), element)
+            start, half = self._product.data_ptr(), self._product.tensor_size_in_bytes() // 2
         for name in products:
-            self._step.bind_ortvalue_output(name, self._product)
-        for half, name in enumerate((GATE, UP)):
-            address = self._product.data_ptr() + half * self._product.tensor_size_in_bytes() // 2
+            self._step.bind_output(name, self.device, 0, element, (1, 1, 2 * width), start)
+        for name, address in ((GATE, start), (UP, start + half)):
             self._step.bind_input(name, self.device, 0, element, (1, 1, width), address)
 
     def _proven(self, logits: Logits, ids: np.ndarray) -> Logits:

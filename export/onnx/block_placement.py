@@ -1,9 +1,9 @@
-"""On which of a GPU's processors a decode step's thread blocks come to lie, where its speed hangs on that.
+"""Where a GPU puts a decode step's thread blocks, which on Hopper depends on what ran before.
 
-A product of more tiles than the GPU takes at a time goes over them in rounds, and the last, partial one is quick or
-slow by where its blocks lie. That depends on what ran before, a prompt above all: at the 13B's shape gate and up take
-65 us a layer after one prompt and 70 after the next, and so for every token that follows it (docs/cuda.md). An empty
-kernel of a few thread block clusters right before the step decides it for the step; of how many, the first steps try.
+At the 13B's shape gate and up take 65 us a layer after one prompt and 70 after the next, and so for every token that
+follows it (docs/cuda.md): they have more tiles than thread blocks, and the second round of them seems to be quick or
+slow by where its blocks lie. An empty kernel of a few thread block clusters right before the step decides it for the
+step; of how many, the first steps try.
 """
 
 from __future__ import annotations

@@ -365,7 +365,9 @@ def test_the_kernel_that_decides_is_found(monkeypatch, sets, error, chosen):
     gpu = Gpu(sets, error)
     monkeypatch.setattr(time, "perf_counter", lambda: gpu.now)
     placement = BlockPlacement(gpu.launch)
-    gpu.decode(placement)
+    gpu.decode(placement, 49)
+    with pytest.raises(KeyError), placement.step():
+        raise KeyError("a step that fails, the last that is tried")
     assert placement.clusters == chosen
     gpu.step_ms, gpu.launched = 8.0, []  # a prompt
     gpu.decode(placement, 3)

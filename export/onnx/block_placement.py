@@ -38,11 +38,13 @@ class BlockPlacement:
         start = time.perf_counter()
         if clusters and self._launch(clusters):
             self.clusters, trying = 0, False
-        yield
-        if trying:
-            self._seconds[clusters].append(time.perf_counter() - start)
-            if not self._order:
-                self.clusters = _steadiest(self._seconds)
+        try:
+            yield
+        finally:
+            if trying:
+                self._seconds[clusters].append(time.perf_counter() - start)
+                if not self._order:
+                    self.clusters = _steadiest(self._seconds)
 
 
 def _steadiest(seconds: dict[int, list[float]]) -> int:

@@ -376,8 +376,15 @@ def test_epsilon(source):
         refused(source, "rms_norm_eps is")
 
 
-def test_a_report_is_never_written_into_the_original(cli, source):
+def test_a_report_is_never_written_into_the_original(cli, source, tmp_path):
     before = tree(source)
-    for args in ([source, source], [source, SHIPPED, "-o", source / "report"]):
-        assert "lies in the original" in cli("validate", *args, check=2).stderr
+    cli("convert", source, tmp_path / "out", "--drop", "1", check=0)
+    for output in (source, source / "report"):
+        said = cli("validate", source, tmp_path / "out", "-o", output, check=2).stderr
+        assert f"{output}: lies in the original" in said
     assert tree(source) == before
+
+
+def test_an_unpruned_copy_is_no_pruned_model(cli, source):
+    assert f"{source}: lacks no sublayer of {SHIPPED}" in cli("validate", SHIPPED, source, check=2).stderr
+    assert not (source / "report").exists()

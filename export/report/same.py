@@ -22,7 +22,7 @@ _STEPS = 8
 def dropped_layers(original: Checkpoint, pruned: Checkpoint) -> tuple[list[int], list[int]]:
     """Attention and MLP layers, in the original's numbers, that the pruned directory lacks.
 
-    Raises ``PruneAttnError`` where it cannot be what is left of the original.
+    Raises ``PruneAttnError`` where it cannot be what is left of the original, or all is left.
     """
     why = f"{pruned.path}: is not made from {original.path}"
     a, b = original.decoder, pruned.decoder
@@ -37,6 +37,8 @@ def dropped_layers(original: Checkpoint, pruned: Checkpoint) -> tuple[list[int],
         raise PruneAttnError(
             f"{why} ({b.num_layers} layers of {a.num_layers}, and no record says which); name its source"
         )
+    if not any(gone.values()):
+        raise PruneAttnError(f"{pruned.path}: lacks no sublayer of {original.path}; give what convert wrote of it")
     left = a.without(gone["attention"], gone["mlp"])
     expected = (left.renumbered() if b.num_layers != a.num_layers and left.whole_blocks_only else left).tensors()
     if expected.keys() - {"lm_head.weight"} != pruned.decoder.tensors().keys() - {"lm_head.weight"}:

@@ -149,9 +149,10 @@ def run_builder(
             self.device, self.dtype, self._cuda_graph = "cuda", "float16", cuda_graph
             if defaults:
                 ours._HOPPER, ours._CUDA_ENTRIES = None, {}
-            stream = None if defaults else ours.borrow_stream(self)
-            self._session = ours._cuda_session(path, self.decoder, ours._check_cuda(), cuda_graph, stream=stream)
-            self._stepper, self._stream, self._placement, self._placements = None, stream, None, {}
+            capability, stream = ours._check_cuda(), None if defaults else ours.borrow_stream(self)
+            self._session = ours._cuda_session(path, self.decoder, capability, cuda_graph, stream=stream)
+            self._stepper, self._placement, self._placements = None, None, {}
+            self._stream = stream if capability == ours._HOPPER else None
             self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
             self.reset()
 

@@ -15,40 +15,52 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 _CLUSTERS = (1, 2, 3, 4, 8)
-_ROUNDS = 10
-_DIFFERENCE = 1.01  # between the slowest and the fastest, below which it makes none
+_LEAST, _MOST = 4, 10  # rounds of trying each
+_DIFFERENCE = 1.015  # by which one must be slower than another, else nothing hangs on it
 
 
 class BlockPlacement:
-    """Of one bound decode step. ``launch``: so many clusters, on its stream; gives CUDA's error, 0 for none."""
+    """Of one batch's decode steps. ``launch``: so many clusters, on their stream; whether it could.
 
-    def __init__(self, launch: Callable[[int], int]) -> None:
+    Where one number makes the step quick and none makes it slow, all are quick while they are tried, and no kernel is
+    launched.
+    """
+
+    def __init__(self, launch: Callable[[int], bool]) -> None:
         self._launch = launch
-        self._seconds: dict[int, list[float]] = {clusters: [] for clusters in _CLUSTERS}
-        # in random order: what decides nothing leaves it as the one before did, and must not always follow the same
-        random = np.random.default_rng(0)
-        self._order = [clusters for _ in range(_ROUNDS) for clusters in random.permutation(_CLUSTERS).tolist()]
+        self._random = np.random.default_rng(0)
+        self._order: list[int] = []  # what is left of this round
+        self._round: dict[int, float] = {}  # seconds by clusters
+        self._rounds: list[dict[int, float]] = []  # the whole ones, without a step that failed
         self.clusters: int | None = None  # before every step, 0 for no kernel; None while they are tried
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Around a decode step that is waited for."""
-        trying = self.clusters is None
-        clusters = self._order.pop() if self.clusters is None else self.clusters
+    def step(self, first: bool = False) -> Iterator[None]:
+        """Around a decode step that is waited for. The ``first`` one over new buffers captures, and is not counted."""
+        trying = self.clusters is None and not first
+        if trying and not self._order:
+            # in random order: what decides nothing is as quick as the one before, and must not always follow the same
+            self._order = self._random.permutation(_CLUSTERS).tolist()
+            self._round = {}
+        clusters = self._order.pop() if trying else self.clusters
         start = time.perf_counter()
-        if clusters and self._launch(clusters):
+        if clusters and not self._launch(clusters):
             self.clusters, trying = 0, False
-        try:
-            yield
-        finally:
-            if trying:
-                self._seconds[clusters].append(time.perf_counter() - start)
-                if not self._order:
-                    self.clusters = _steadiest(self._seconds)
+        yield
+        if trying and clusters:
+            self._round[clusters] = time.perf_counter() - start
+            if len(self._round) == len(_CLUSTERS):
+                self._rounds.append(self._round)
+                self.clusters = _decided(self._rounds)
 
 
-def _steadiest(seconds: dict[int, list[float]]) -> int:
-    """By the upper quartile: one that is quick only after some others does not decide it."""
-    upper = {clusters: float(np.percentile(times, 75)) for clusters, times in seconds.items()}
-    best = min(upper, key=lambda clusters: upper[clusters])
-    return best if max(upper.values()) > upper[best] * _DIFFERENCE else 0
+def _decided(rounds: list[dict[int, float]]) -> int | None:
+    """The fastest, if another is slower, by quartiles of times over their round's: prompts differ in length."""
+    if len(rounds) < _LEAST:
+        return None
+    times = np.array([[seconds[clusters] for clusters in _CLUSTERS] for seconds in rounds])
+    low, high = np.percentile(times / np.median(times, axis=1, keepdims=True), (25, 75), axis=0)
+    best = int(high.argmin())
+    if low.max() > high[best] * _DIFFERENCE:
+        return _CLUSTERS[best]
+    return 0 if len(rounds) == _MOST else None

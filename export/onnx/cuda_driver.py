@@ -84,22 +84,27 @@ def borrow_stream(owner: object) -> int:
 _idle: list[int] = []  # streams
 
 
-def launch_empty(stream: int, clusters: int) -> int:
-    """A kernel of so many thread block clusters that does nothing. CUDA's error, 0 for none."""
-    function, failed = _empty()
+def launch_empty(stream: int, clusters: int) -> bool:
+    """A kernel of so many thread block clusters that does nothing; whether it was launched."""
+    try:
+        function = _empty()
+    except MachineError:
+        return False
     one, nothing = ctypes.c_uint(1), ctypes.c_void_p()
     blocks, threads = ctypes.c_uint(clusters * _CLUSTER), ctypes.c_uint(32)
-    return failed or _call(
+    return not _call(
         "cuLaunchKernel", function, blocks, one, one, threads, one, one, ctypes.c_uint(0), ctypes.c_void_p(stream),
         nothing, nothing,
     )  # fmt: skip
 
 
 @functools.cache
-def _empty() -> tuple[ctypes.c_void_p, int]:
+def _empty() -> ctypes.c_void_p:
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     failed = _call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(_EMPTY))
-    return function, failed or _call("cuModuleGetFunction", ctypes.byref(function), module, b"empty")
+    if failed := failed or _call("cuModuleGetFunction", ctypes.byref(function), module, b"empty"):
+        raise MachineError(f"the GPU takes no kernel of ours (CUDA error {failed})")
+    return function
 
 
 def _call(function: str, *arguments: object) -> int:

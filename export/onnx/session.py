@@ -152,8 +152,9 @@ class OnnxSession:
         if self._mask is not None:
             self._mask[np.arange(len(tokens)), self._lengths] = 1
         self._past[:], self._ids[:] = self._lengths, ids
-        with self._placement.step() if self._placement else contextlib.nullcontext():
+        with self._placement.step(self._fresh) if self._placement else contextlib.nullcontext():
             self._runner.run_with_iobinding(self._step, self._run_options(self._graph_id))
+        self._fresh = False
         logits = self._logits[:, 0].copy()  # it is the buffer of the next step too
         if self._runner is self._stepper and self._unproven:
             logits = self._proven(logits, ids)
@@ -229,6 +230,7 @@ class OnnxSession:
         self._bind_cache(self._step, self._cache)
         self._bind_products()
         self._graph_id += 1  # a captured graph holds addresses, so new buffers need a new one
+        self._fresh = True
         if self._stream is not None:
             launch = functools.partial(launch_empty, self._stream)
             self._placement = self._placements.setdefault(batch, BlockPlacement(launch))
@@ -249,16 +251,23 @@ class OnnxSession:
         if not products:
             return
         element, width = _ELEMENT_TYPES[self.dtype], self.decoder.intermediate_size
-        if self.device == "cuda":  # not of the arena that the KV buffers fill: it would grow by 1 GiB for this
-            self._product: Any = GpuMemory(2 * width * 2)
-            start, half = self._product.address, width * 2
-        else:
-            self._product = self._value((1, 1, 2 * width), element)
-            start, half = self._product.data_ptr(), self._product.tensor_size_in_bytes() // 2
+        half = width * (4 if self.dtype == "float32" else 2)
+        self._product, start = self._memory(2 * half)
         for name in products:
             self._step.bind_output(name, self.device, 0, element, (1, 1, 2 * width), start)
         for name, address in ((GATE, start), (UP, start + half)):
             self._step.bind_input(name, self.device, 0, element, (1, 1, width), address)
+
+    def _memory(self, size: int) -> tuple[Any, int]:
+        """So many bytes, and their address. Not in the arena of the KV buffers, which may grow by 1 GiB for them."""
+        if self.device == "cpu":
+            value = self._value((size,), np.uint8)
+            return value, value.data_ptr()
+        try:
+            memory = GpuMemory(size)
+        except MachineError as error:
+            raise MachineError(f"{error}; lower max_length") from None
+        return memory, memory.address
 
     def _proven(self, logits: Logits, ids: np.ndarray) -> Logits:
         """The same step by ``model.onnx``, over the same place in the cache; its logits, from now on, if they differ.

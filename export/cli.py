@@ -286,9 +286,7 @@ def _given(name: str) -> bool:
 
 
 def _check_calibration(options: dict[str, Any]) -> None:
-    """Refuse what would have no effect, as nothing is chosen by a text."""
-    if options["strategy"] in POSITIONAL and options["text"] is not None:
-        raise PruneAttnError(f"--strategy {options['strategy']} looks at no text; leave --text out, or choose another")
+    """Refuse what ``check_useful`` cannot see: a default that stood on the command line."""
     for name in ("samples", "length", "seed", "device", "objective", "resume"):
         if options["text"] is None and _given(name):
             raise PruneAttnError(f"--{name} is for choosing by a text, and none is; add --text, or leave it out")

@@ -29,7 +29,7 @@ from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES, Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
 from pruner.plan import PLAN_FILE, PruningPlan, plan_layers, read_plan
-from pruner.select import POSITIONAL, select
+from pruner.select import POSITIONAL, check_useful, select
 from pruner.summary import totals
 
 
@@ -170,6 +170,12 @@ def convert(
     output = Path(output)
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
+    check_useful(
+        {
+            "strategy": strategy, "text": text, "samples": samples, "length": length, "seed": seed, "device": device,
+            "objective": objective, "resume": resume,
+        }
+    )  # fmt: skip
     if dry_run and resume:
         raise PruneAttnError("--resume writes on what a stopped run kept, and --dry-run writes nothing; leave one out")
     if push is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.plan import FORMAT, PruningPlan
-from pruner.select import selection
+from pruner.select import check_useful, selection
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def select(
     ``source`` is a directory, or a Hub id (at ``revision``, through ``cache_dir``) that is fetched first.
     ``overwrite`` replaces only a plan. What has been computed is kept beside ``output`` until the plan is there.
     """
+    check_useful(options)
     output = Path(output)
     _check_output(output, overwrite)
     partial = partial_path(output)

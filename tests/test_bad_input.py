@@ -14,6 +14,7 @@ import pytest
 from conftest import SHIPPED, edit_config, tree
 
 from export import convert
+from export.select import select
 from pruner import PruneAttnError, open_checkpoint
 
 
@@ -388,3 +389,19 @@ def test_a_report_is_never_written_into_the_original(cli, source, tmp_path):
 def test_an_unpruned_copy_is_no_pruned_model(cli, source):
     assert f"{source}: lacks no sublayer of {SHIPPED}" in cli("validate", SHIPPED, source, check=2).stderr
     assert not (source / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strategy": "last", "text": "text.txt"}, "looks at no text"),
+        ({"seed": 1}, "--seed is for choosing by a text"),
+        ({"samples": 4}, "--samples is for choosing by a text"),
+        ({"resume": True}, "--resume is for choosing by a text"),
+    ],
+)
+def test_options_of_no_use_from_python(tmp_path, options, said):
+    """Before anything is fetched: there is no such repository."""
+    for call in (convert, select):
+        with pytest.raises(PruneAttnError, match=said):
+            call("nobody/nothing", tmp_path / "out", drop="1", **options)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,16 @@ class Selection:
 
     plan: PruningPlan
     cost: dict[str, Any]
+
+
+def check_useful(options: Mapping[str, Any]) -> None:
+    """``PruneAttnError`` for what would have no effect, as nothing is chosen by a text; options of ``selection``."""
+    strategy, text = options.get("strategy"), options.get("text")
+    if strategy in POSITIONAL and text is not None:
+        raise PruneAttnError(f"--strategy {strategy} looks at no text; leave --text out, or choose another")
+    for name in ("samples", "length", "seed", "device", "objective", "resume") if text is None else ():
+        if options.get(name) not in (None, 0, "cpu"):
+            raise PruneAttnError(f"--{name} is for choosing by a text, and none is; add --text, or leave it out")
 
 
 def select(source: str | os.PathLike[str] | Checkpoint, **options: Any) -> PruningPlan:

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from pruner import __version__
 from pruner.errors import PruneAttnError
-from pruner.select import OBJECTIVES, POSITIONAL, STRATEGIES
+from pruner.select import OBJECTIVES, POSITIONAL, STRATEGIES, check_useful
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -162,7 +162,7 @@ def convert(
             read_utf8(validation_text)  # known before hours of work
     elif validation_text is not None:
         raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
-    _check_calibration(options)
+    check_useful(options, _given)
     kept = None if options["dry_run"] else options["text"]
     with _choosing(kept) as (choosing, say), _progress("writing") as progress:
         result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
@@ -221,7 +221,7 @@ def select(source: str, output: str, as_json: bool, **options: Any) -> None:
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
     from export.select import select
 
-    _check_calibration(options)
+    check_useful(options, _given)
     with _choosing(options["text"]) as (progress, say):
         result = select(source, output, progress=progress, say=say, **options)
     if as_json:
@@ -283,13 +283,6 @@ def verify(output: str, against: str | None, as_json: bool, **options: Any) -> N
 def _given(name: str) -> bool:
     """Whether the option stood on the command line."""
     return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
-def _check_calibration(options: dict[str, Any]) -> None:
-    """Refuse what ``check_useful`` cannot see: a default that stood on the command line."""
-    for name in ("samples", "length", "seed", "device", "objective", "resume"):
-        if options["text"] is None and _given(name):
-            raise PruneAttnError(f"--{name} is for choosing by a text, and none is; add --text, or leave it out")
 
 
 def _takes_only(option: str, *names: str) -> None:

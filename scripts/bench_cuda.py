@@ -151,7 +151,7 @@ def run_builder(
                 ours._HOPPER, ours._CUDA_ENTRIES = None, {}
             capability, stream = ours._check_cuda(), None if defaults else ours.borrow_stream(self)
             self._session = ours._cuda_session(path, self.decoder, capability, cuda_graph, stream=stream)
-            self._stepper, self._placement, self._placements = None, None, {}
+            self._stepper, self._placements = None, {}
             self._stream = stream if capability == ours._HOPPER else None
             self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
             self.reset()

@@ -319,13 +319,13 @@ for rows, steps in ((1, 31), (2, 51), (1, 21)):
     session.prefill([[5, 6, 7]] * rows)
     for _ in range(steps):
         session.decode([3] * rows)
-    print(rows, len(launched), sorted(set(launched)), session._placement.clusters)
-session._placement.clusters = 3
+    print(rows, len(launched), sorted(set(launched)), session._placements[rows].clusters)
+session._placements[1].clusters = 3
 session.decode([3])
 print(launched[100:])
 failing("cuLaunchKernel")
 session.decode([3])
-print(session._placement.clusters)
+print(session._placements[1].clusters)
 cuda_driver._empty.cache_clear()
 failing("cuModuleLoadData")
 print(cuda_driver.launch_empty(session._stream, 1))
@@ -376,7 +376,11 @@ except PruneAttnError as error:
 
 
 def test_no_empty_kernel_before_hopper(libraries, fp16):
-    code = f"{OPEN}session = OnnxSession(sys.argv[1], device='cuda')\nsession.prefill([[5]])\nprint(session._placement)"
+    code = f"""{OPEN}
+session = OnnxSession(sys.argv[1], device="cuda")
+session.prefill([[5]])
+print(session._placements.get(1))
+"""
     assert run(libraries, code, fp16) == "None\n"
 
 

@@ -18,7 +18,8 @@ from pruner.checkpoint import Checkpoint
 
 PAST_LENGTHS, GATE, UP, GATE_UP = "past_lengths", "gate", "up", "gate_up_proj"
 _ALIGNMENT = 256  # bytes, of what CUDA allocates, and so of up too, which has its memory within that of both
-_EPSILON, _SCALE = 2.0**30, 2.0**15  # sqrt(epsilon): the norm of anything small beside it is the thing itself
+_EPSILON = 2.0**30
+_SCALE = math.sqrt(_EPSILON)  # the norm of anything small beside it is the thing itself
 
 
 def decode_step(checkpoint: Checkpoint, context: int | None, max_length: int) -> ModelProto:

@@ -30,7 +30,7 @@ from export.onnx.gpu_weights import GpuWeights
 from export.onnx.staleness import check_fresh, graph_options, is_as_written, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.errors import MachineError, PruneAttnError, one_line
-from pruner.llama import WEIGHT_DTYPES, Decoder
+from pruner.llama import WEIGHT_DTYPES, Decoder, itemsize, safetensors_dtype
 from pruner.model import Logits
 
 _CUDA = "CUDAExecutionProvider"
@@ -98,7 +98,6 @@ class OnnxSession:
         self._slots = len(checkpoint.decoder.present("attention"))
         self._graph_id = 0
         self._batch = 0  # rows that the buffers are for
-        self._placement: BlockPlacement | None = None
         self._placements: dict[int, BlockPlacement] = {}  # by batch
         self._unproven = True  # until the decode step's own graph has been seen to agree with model.onnx
         self.reset()
@@ -152,7 +151,8 @@ class OnnxSession:
         if self._mask is not None:
             self._mask[np.arange(len(tokens)), self._lengths] = 1
         self._past[:], self._ids[:] = self._lengths, ids
-        with self._placement.step(self._fresh) if self._placement else contextlib.nullcontext():
+        placement = self._placements.get(self._batch)
+        with placement.step(self._fresh) if placement else contextlib.nullcontext():
             self._runner.run_with_iobinding(self._step, self._run_options(self._graph_id))
         self._fresh = False
         logits = self._logits[:, 0].copy()  # it is the buffer of the next step too
@@ -233,7 +233,7 @@ class OnnxSession:
         self._fresh = True
         if self._stream is not None:
             launch = functools.partial(launch_empty, self._stream)
-            self._placement = self._placements.setdefault(batch, BlockPlacement(launch))
+            self._placements.setdefault(batch, BlockPlacement(launch))
 
     def _fill_mask(self, lengths: np.ndarray) -> None:
         if self._mask is not None:
@@ -251,7 +251,7 @@ class OnnxSession:
         if not products:
             return
         element, width = _ELEMENT_TYPES[self.dtype], self.decoder.intermediate_size
-        half = width * (4 if self.dtype == "float32" else 2)
+        half = width * itemsize(safetensors_dtype(self.dtype))
         self._product, start = self._memory(2 * half)
         for name in products:
             self._step.bind_output(name, self.device, 0, element, (1, 1, 2 * width), start)

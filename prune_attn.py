@@ -9,3 +9,7 @@ def main() -> None:
     from export.cli import main
 
     main()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from export import record
 from export.deliver import replace_files
 from export.licence import Licence, llama_licence
 from pruner.errors import MachineError, PruneAttnError, one_line
+from pruner.files import expand
 from pruner.nemotron_nas.dialect import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def update_card(directory: str | os.PathLike[str], results: dict[str, Any]) -> N
 
     from export.report.card import card_section, eval_results
 
-    directory = Path(directory)
+    directory = expand(directory)
     card = load_card(directory)
     section = f"{_BEGIN}\n{card_section(results).strip()}\n{_END}"
     if _RESULTS.search(card.text):

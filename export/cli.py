@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from pruner import __version__
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.select import OBJECTIVES, POSITIONAL, STRATEGIES, check_useful
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
     from pruner.summary import inspect
 
     facts = inspect(open_source(checkpoint, **options))
-    if not os.path.exists(checkpoint):
+    if not expand(checkpoint).exists():
         facts["path"] = checkpoint  # the Hub id, not the cache
     if as_json:
         _print_json(facts)
@@ -102,7 +103,7 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
             if kind != "block"
             else facts["layers"]
         )
-        for row in _sample(facts["savings"][kind]):
+        for row in _sample(facts["savings"][kind], facts["original_layers"]):
             saved.add_row(
                 f"{row['drop']} {name}",
                 str(of),
@@ -608,9 +609,11 @@ def _sublayers(kept: list[int], numbered: int) -> str:
     return f"{len(kept)} of {numbered}" + (f", none at {', '.join(map(str, gone))}" if gone else "")
 
 
-def _sample(rows: list[dict[str, int]]) -> list[dict[str, int]]:
-    """One, a tenth, a quarter, a third, half of them."""
-    counts = {max(1, int(len(rows) * share + 0.5)) for share in (0, 0.1, 0.25, 1 / 3, 0.5)}
+def _sample(rows: list[dict[str, int]], original: int) -> list[dict[str, int]]:
+    """What ``convert`` takes for --drop 1, 10%, 25%, 33% and 50%, as far as there is so much left."""
+    from pruner.plan import parse_drop
+
+    counts = {parse_drop(share, original) for share in ("1", "10%", "25%", "33%", "50%")}
     return [row for row in rows if row["drop"] in counts]
 
 

@@ -26,6 +26,7 @@ from export.verify import verify
 from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from pruner.checkpoint.hub import find
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.llama import WEIGHT_DTYPES, Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
 from pruner.plan import PLAN_FILE, PruningPlan, plan_layers, read_plan
@@ -79,7 +80,7 @@ def choose(
     *,
     drop: str | None,
     layers: str | None,
-    plan: str | os.PathLike[str] | None,
+    plan: str | os.PathLike[str] | PruningPlan | None,
     sublayer: str | None,
     strategy: str | None,
     allow_first_layer: bool,
@@ -121,7 +122,7 @@ def convert(
     *,
     drop: str | int | None = None,
     layers: str | Iterable[int] | None = None,
-    plan: str | os.PathLike[str] | None = None,
+    plan: str | os.PathLike[str] | PruningPlan | None = None,
     sublayer: str | None = None,
     strategy: str | None = None,
     dtype: str | None = None,
@@ -152,10 +153,10 @@ def convert(
 
     What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
     (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by
-    ``plan`` (a file; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or block. Kept tensors are
-    the source's bytes unless ``dtype`` (float16, bfloat16, float32) asks for a conversion, the only case besides a
-    ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too; a model that they cannot
-    express is converted all the same, without them and with a note that says why.
+    ``plan`` (a file, or a ``PruningPlan``; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or
+    block. Kept tensors are the source's bytes unless ``dtype`` (float16, bfloat16, float32) asks for a conversion,
+    the only case besides a ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too;
+    a model that they cannot express is converted all the same, without them and with a note that says why.
 
     ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
     ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there
@@ -167,7 +168,7 @@ def convert(
     """
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
-    output = Path(output)
+    output = expand(output)
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     check_useful(
@@ -256,7 +257,7 @@ def lay_out(
     progress: Callable[..., None] | None,
 ) -> Conversion:
     """``convert`` that drops nothing: the same weights, laid out for ONNX. Raises where no graph can be written."""
-    source, output = Path(source), Path(output)
+    source, output = expand(source), expand(output)
     max_bytes = parse_size(str(max_shard_size))
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     checkpoint = open_checkpoint(source)

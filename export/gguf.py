@@ -25,6 +25,7 @@ from export.staging import beside, check_space
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
 from pruner.checkpoint.load import load_tensor
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.llama import Decoder, itemsize
 from pruner.nemotron_nas.dialect import rope_fields
 
@@ -59,9 +60,9 @@ def write_gguf(
         import sentencepiece  # noqa: F401
     except ImportError:
         raise PruneAttnError(
-            "the packages gguf and sentencepiece are missing; pip install 'prune-attn[gguf]'"
+            "the packages gguf and sentencepiece are missing; pip install '.[gguf]' in the clone of prune-attn"
         ) from None
-    checkpoint, target = open_checkpoint(directory), Path(output)
+    checkpoint, target = open_checkpoint(directory), expand(output)
     if target.exists() and not (overwrite and target.is_file()):
         raise PruneAttnError(f"{target}: exists already; choose another file, or add --overwrite")
     if not target.parent.is_dir():

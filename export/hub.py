@@ -20,6 +20,7 @@ from export.verify import verify
 from pruner import __version__
 from pruner.checkpoint.hub import ask, beside, is_hub_id, quiet
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.nemotron_nas.dialect import CODE_FILES
 from pruner.plan import PLAN_FILE
 
@@ -82,7 +83,7 @@ def push(
     there is none) or ``refs/pr/N``; ``create_pr`` opens a pull request instead. ``repo_id`` without an owner is the
     token's. Raises ``PruneAttnError``, or ``MachineError`` where the Hub or the network fails.
     """
-    directory = Path(directory)
+    directory = expand(directory)
     if create_pr and revision is not None:
         raise PruneAttnError(
             "--create-pr opens a pull request against the main branch; leave --revision out (or, to go on with a pull "

@@ -10,6 +10,7 @@ from typing import Any
 
 from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.plan import FORMAT, PruningPlan
 from pruner.select import check_useful, selection
 
@@ -47,7 +48,7 @@ def select(
     ``overwrite`` replaces only a plan. What has been computed is kept beside ``output`` until the plan is there.
     """
     check_useful(options)
-    output = Path(output)
+    output = expand(output)
     _check_output(output, overwrite)
     partial = partial_path(output)
     source = fetch(source, revision=revision, cache_dir=cache_dir)

@@ -30,6 +30,7 @@ from pruner.checkpoint.hub import fetch
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
+from pruner.files import expand
 from pruner.llama import WEIGHT_DTYPES
 from pruner.model import check_cuda
 from pruner.text import Text, load_tokenizer, read_text
@@ -109,7 +110,7 @@ def validate(
         },
         text=text,
         limits=Limits.parse(max_perplexity_increase, min_agreement, min_task_average_ratio, min_decode_speedup),
-        output=None if output is None else Path(output),
+        output=None if output is None else expand(output),
         progress=progress,
     )  # fmt: skip
     with run.working(work):
@@ -305,7 +306,8 @@ class _Run:
         if work is None:
             folder = self.output / FOLDER / "graphs"
         else:
-            if not Path(work).is_dir():
+            work = expand(work)
+            if not work.is_dir():
                 raise PruneAttnError(f"{work}: is no directory; make it, or choose another place for --work")
             folder = Path(tempfile.mkdtemp(dir=work, prefix="prune-attn-"))
         self.graphs = Graphs(folder)

@@ -18,6 +18,7 @@ from export.target import output_config, source_names
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
 from pruner.plan import PLAN_FILE, read_plan
@@ -36,7 +37,11 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong; so says ``bool(...)`` of this."""
         return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -67,7 +72,7 @@ def verify(
     while fetching with "fetching" as a third argument. Raises ``PruneAttnError`` only where ``output`` is no directory
     or ``against`` no checkpoint; all else is reported as problems.
     """
-    output = Path(output)
+    output = expand(output)
     if not output.is_dir():
         raise PruneAttnError(f"{output}: no such directory; give one that prune-attn convert wrote")
     source = None

@@ -7,6 +7,7 @@ LLM-Drop's ``drop_attn_list`` / ``drop_mlp_list`` (a ``config.json`` that has th
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.llama import SUBLAYERS, Decoder
 from pruner.select import POSITIONAL, STRATEGIES, positional_order
 
@@ -62,7 +64,8 @@ class PruningPlan:
             )
         count = parse_drop(drop, original_counts(checkpoint)[self.sublayer])
         if count > len(self.order):
-            raise PruneAttnError(f"--drop {drop}: the plan's order has only {len(self.order)} layers; drop fewer")
+            hint = percentage_meant(drop, original_counts(checkpoint)[self.sublayer])
+            raise PruneAttnError(f"--drop {drop}: the plan's order has only {len(self.order)} layers; drop fewer{hint}")
         first = (self.sets or {}).get(count, self.order[:count])
         order = tuple(sorted(self.order, key=lambda layer: layer not in first))  # stable: otherwise as it was
         plan = PruningPlan.of(self.sublayer, self.strategy, order, count, drop)
@@ -139,6 +142,12 @@ def parse_drop(text: str, original: int) -> int:
     return count
 
 
+def percentage_meant(text: str, original: int) -> str:
+    """What to add to a refusal of ``text``, where it is a count above the model's and was likely a percentage."""
+    text = text.strip()
+    return f", or did you mean {text}%?" if text.isdecimal() and original < int(text) <= 100 else ""
+
+
 def parse_layers(text: str) -> tuple[int, ...]:
     """``22-29,31`` to layer numbers, in the order given; a range includes both its ends."""
     layers: list[int] = []
@@ -210,7 +219,8 @@ def candidates_for(
     candidates = decoder.present(sublayer)
     name = _NAMES[sublayer]
     if count > len(candidates):
-        raise PruneAttnError(f"--drop {drop}: the model has only {len(candidates)} {name} left; drop fewer")
+        hint = percentage_meant(drop, original_counts(checkpoint)[sublayer])
+        raise PruneAttnError(f"--drop {drop}: the model has only {len(candidates)} {name} left; drop fewer{hint}")
     if count == len(candidates) and sublayer == "block":
         raise PruneAttnError("every block would be dropped and no model be left; drop fewer")
     if count == len(candidates) and not allow_all:
@@ -242,12 +252,16 @@ def only_present(plan: PruningPlan, decoder: Decoder) -> PruningPlan:
     )
 
 
-def read_plan(path: str | Path, checkpoint: Checkpoint) -> PruningPlan:
-    """Read a plan for ``checkpoint``: ours, EvoPress's or LLM-Drop's (told apart by their content).
+def read_plan(path: str | os.PathLike[str] | PruningPlan, checkpoint: Checkpoint) -> PruningPlan:
+    """Read a plan for ``checkpoint``: ours, EvoPress's or LLM-Drop's (told apart by their content), or take a made one.
 
     Raises ``PruneAttnError`` for a file that is none of them, or a plan that was made for another model.
     """
-    path = Path(path)
+    if isinstance(path, PruningPlan):
+        if path.source is not None:
+            _check_made_for("the plan", path.source, checkpoint)
+        return path
+    path = expand(path)
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -320,7 +334,7 @@ def _read_sets(path: Path, data: dict[str, Any], order: tuple[int, ...] | None) 
     return read
 
 
-def _check_made_for(path: Path, source: Any, checkpoint: Checkpoint) -> None:
+def _check_made_for(path: Path | str, source: Any, checkpoint: Checkpoint) -> None:
     present = checkpoint.fingerprint()
     try:
         differs = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from pruner.checkpoint import Checkpoint, Tensor
 from pruner.llama import SUBLAYERS, WEIGHT_DTYPES, Decoder, itemsize
+from pruner.plan import original_counts
 
 
 def totals(decoder: Decoder, tensors: dict[str, Tensor], dtype: str | None = None) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         savings[kind] = rows
     return {
         "path": str(checkpoint.path),
+        "original_layers": original_counts(checkpoint)["block"],
         "pruned": decoder.present("attention") != decoder.present("mlp")
         or len(decoder.present("block")) != decoder.num_layers,
         **before,

@@ -14,6 +14,7 @@ import numpy as np
 from pruner.checkpoint.meta import meta_parts
 from pruner.checkpoint.meta_files import meta_files
 from pruner.errors import PruneAttnError, one_line
+from pruner.files import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +39,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
 
     logging.disable_progress_bar()
     pruner.register()
-    directory = Path(directory)
+    directory = expand(directory)
     with tempfile.TemporaryDirectory() as made:
         place = directory
         if meta_parts(directory) and not (directory / "tokenizer.json").exists():
@@ -62,12 +63,12 @@ def read_text(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) 
     data, text = read_utf8(path)
     # verbose=False: that a book is longer than the context is no news
     ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    return Text(Path(path), hashlib.sha256(data).hexdigest(), len(data), ids)
+    return Text(expand(path), hashlib.sha256(data).hexdigest(), len(data), ids)
 
 
 def read_utf8(path: str | os.PathLike[str]) -> tuple[bytes, str]:
     """A text file's bytes and text. Raises as ``read_text``."""
-    path = Path(path)
+    path = expand(path)
     try:
         data = path.read_bytes()
         text = data.decode("utf-8")

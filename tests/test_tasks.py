@@ -268,7 +268,7 @@ def test_names(monkeypatch, tmp_path):
             resolve_tasks(str(tmp_path / "bad.yaml"))
         assert "\n" not in str(caught.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PruneAttnError, match=r'pip install "prune-attn\[eval\]"'):
+    with pytest.raises(PruneAttnError, match=r"pip install '\.\[eval\]' in the clone"):
         resolve_tasks("cloze")
 
 

@@ -13,6 +13,7 @@ from export.safetensors import replace_file
 from pruner import __version__
 from pruner.checkpoint.directory import read_json
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 
 REPORT_FILES = (RESULTS, "report.md", "report.html", "compare.md", "compare.html")
 
@@ -50,7 +51,7 @@ def report(results: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
 
     Raises ``PruneAttnError`` for what ``validate`` did not write, and for an ``output`` that holds something else.
     """
-    output, found = Path(output), [read_results(Path(path)) for path in results]
+    output, found = expand(output), [read_results(expand(path)) for path in results]
     if output.exists() and (not output.is_dir() or any(p.name not in _ours() for p in output.iterdir())):
         raise PruneAttnError(f"{output}: holds something else than a report; choose another directory")
     if len(found) == 1:

@@ -21,8 +21,9 @@ from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.llama import SUBLAYERS
-from pruner.plan import PruningPlan, original_counts, parse_drop, read_plan
+from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant, read_plan
 from pruner.select import POSITIONAL, STRATEGIES, select
 from pruner.summary import totals
 
@@ -90,7 +91,7 @@ def sweep(
 
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
-    output, show = Path(output), progress or (lambda stage, done, total: None)
+    output, show = expand(output), progress or (lambda stage, done, total: None)
     source = fetch(source, progress=lambda done, total, what: show(what, done, total))
     checkpoint = open_checkpoint(source)
     usual = (*POSITIONAL, "similarity", "search") if calibration is not None else POSITIONAL
@@ -175,10 +176,11 @@ def _fractions(checkpoint: Checkpoint, text: str, sublayers: list[str], strategi
                 count = parse_drop(part, original_counts(checkpoint)[sublayer])
             except PruneAttnError as error:
                 raise PruneAttnError(str(error).replace("--drop", "--fractions")) from None
+            hint = percentage_meant(part, original_counts(checkpoint)[sublayer])
             if count > len(able):
                 raise PruneAttnError(
                     f"--fractions {part}: that is {count} {sublayer} sublayers, and the strategies can drop only "
-                    f"{len(able)} of this model's; ask for less"
+                    f"{len(able)} of this model's; ask for less{hint}"
                 )
     return parts
 

@@ -15,6 +15,7 @@ from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Shard, Tensor
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.llama import UNQUANTISED, Decoder, check_not_quantised, check_tensors
 
 CONFIG = "config.json"
@@ -206,7 +207,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Cost: ``config.json``, the index and the shards' headers; no weights are read. Every name and shape is checked
     against the configuration. Raises ``PruneAttnError`` with one line that names the file.
     """
-    directory = Path(path)
+    directory = expand(path)
     _check_directory(directory)
     weights = _weights(directory)
     if weights is None and meta_parts(directory):

@@ -34,6 +34,7 @@ from pruner.checkpoint.directory import (
 from pruner.checkpoint.header import MAX_HEADER_BYTES
 from pruner.checkpoint.meta import PARAMS, PART
 from pruner.errors import MachineError, PruneAttnError
+from pruner.files import expand
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
@@ -78,14 +79,14 @@ def fetch(
     fetched. ``progress`` is called with (bytes, bytes in all, "fetching"). Raises as ``open_source`` does.
     """
     model = find(source, revision=revision, cache_dir=cache_dir)
-    return Path(source) if model is None else model.fetch(runtime, progress)
+    return expand(source) if model is None else model.fetch(runtime, progress)
 
 
 def find(
     source: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> HubModel | None:
     """The Hub repository that ``source`` names, its revision made a commit; ``None`` where it names a path."""
-    text = os.fspath(source)
+    text = os.path.expanduser(os.fspath(source))
     if os.path.lexists(text) or not is_hub_id(text):
         if revision is not None or cache_dir is not None:
             option = "--cache-dir" if revision is None else "--revision"
@@ -95,7 +96,7 @@ def find(
         raise PruneAttnError("--revision or --cache-dir is empty; give one, or leave it out")
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
-    cache, api = None if cache_dir is None else os.fspath(cache_dir), HfApi()
+    cache, api = None if cache_dir is None else str(expand(cache_dir)), HfApi()
 
     def look() -> HubModel:
         try:

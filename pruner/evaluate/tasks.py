@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import MachineError, PruneAttnError, one_line
+from pruner.files import expand
 from pruner.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -164,7 +165,9 @@ def compare_tasks(original: dict[str, Any], pruned: dict[str, Any]) -> dict[str,
 def _resolve(tasks: str | Sequence[str]) -> list[_Task]:
     for module in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise PruneAttnError('tasks are run by lm-evaluation-harness; pip install "prune-attn[eval]"')
+            raise PruneAttnError(
+                "tasks are run by lm-evaluation-harness; pip install '.[eval]' in the clone of prune-attn"
+            )
     texts = [t.strip() for text in ([tasks] if isinstance(tasks, str) else tasks) for t in text.split(",")]
     out: dict[str, _Task] = {}
     for text in filter(None, texts):
@@ -185,8 +188,9 @@ def _resolve_one(text: str) -> list[_Task]:
     if name in SHIPPED:
         return [_Task(name, shots)]
     if name.endswith((".yaml", ".yml")):
-        _task_file(Path(name))
-        return [_Task(str(Path(name).absolute()), shots)]
+        file = expand(name)
+        _task_file(file)
+        return [_Task(str(file.absolute()), shots)]
     found = _manager().match_tasks([name])
     if not found:
         like = difflib.get_close_matches(name, [*OPENLLM, "openllm", *SHIPPED, *_manager().all_tasks], n=4, cutoff=0.6)

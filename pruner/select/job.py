@@ -8,10 +8,10 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
+from pruner.files import expand
 from pruner.select.exhaustive import check_few, exhaustive, layer_evaluations, subsets
 from pruner.select.positional import POSITIONAL
 from pruner.select.search import Found, check_objective, expected_work, extend, order_of, search
@@ -143,7 +143,7 @@ class _Job:
         self.checkpoint, self.sublayer, self.strategy, self.objective = checkpoint, sublayer, strategy, objective
         self.device, self.seed, self.progress = device, seed, progress
         self.say = say or (lambda _: None)
-        self.partial, self.resume = None if partial is None else Path(partial), resume
+        self.partial, self.resume = None if partial is None else expand(partial), resume
         self.status, self.total, self.expected, self.saved_at = "", 0.0, 0.0, time.monotonic()
         self.check_partial()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pruner.checkpoint import Checkpoint
+from pruner.errors import PruneAttnError
+from pruner.files import read_json
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -85,7 +87,7 @@ def generation_value(checkpoint: Checkpoint, name: str, default: Any) -> Any:
 
 def _generation_config(directory: Path) -> dict[str, Any]:
     try:
-        found = json.loads((directory / "generation_config.json").read_bytes())
-    except (OSError, ValueError):
+        found = read_json(directory / "generation_config.json")
+    except (OSError, PruneAttnError):
         return {}
-    return {k: v for k, v in found.items() if v is not None} if isinstance(found, dict) else {}
+    return {k: v for k, v in found.items() if v is not None}

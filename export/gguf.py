@@ -9,7 +9,6 @@ those two places alone a sublayer of zeros. Format: the ``gguf`` package, llama.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,7 +24,7 @@ from export.staging import beside, check_space
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
 from pruner.checkpoint.load import load_tensor
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, read_json
 from pruner.llama import Decoder, itemsize
 from pruner.nemotron_nas.dialect import rope_fields
 
@@ -249,7 +248,6 @@ def _vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, PruneAttnError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -11,6 +11,8 @@ from typing import Any
 from export.target import output_decoder
 from pruner import __version__
 from pruner.checkpoint import Checkpoint
+from pruner.errors import PruneAttnError
+from pruner.files import read_json
 from pruner.llama import Decoder
 from pruner.plan import FORMAT, PLAN_FILE, PruningPlan, original_counts
 
@@ -65,10 +67,10 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """The record in a directory that this tool wrote; ``None`` where there is none, or somebody else's file."""
     try:
         file = directory / PLAN_FILE
-        record = json.loads(file.read_bytes()) if file.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        record = read_json(file) if file.is_file() else None
+    except (OSError, PruneAttnError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT and _well_formed(record) else None
+    return record if record is not None and record.get("format") == FORMAT and _well_formed(record) else None
 
 
 def _well_formed(record: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, read_json
 from pruner.plan import FORMAT, PruningPlan
 from pruner.select import check_useful, selection
 
@@ -75,8 +75,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise PruneAttnError(f"{output}: exists; choose another file, or add --overwrite")
     try:
-        ours = json.loads(output.read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = read_json(output).get("format") == FORMAT
+    except (OSError, PruneAttnError):
         ours = False
     if not ours:
         raise PruneAttnError(f"{output}: is not a plan, so --overwrite will not replace it; choose another file")

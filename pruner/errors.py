@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 
+def printable(text: str, most: int = 200) -> str:
+    """Foreign text for people to read: one line of at most ``most`` characters, nothing in it that moves a cursor.
+
+    Control characters, half surrogate pairs and the like are written as Python writes them; of what is too long the
+    middle goes, for a message begins with the file and ends with the cure.
+    """
+    text = " ".join(_shortened(text, most).split())
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return _shortened(text, most)
+
+
+def _shortened(text: str, most: int) -> str:
+    tail = most // 3
+    return text if len(text) <= most else f"{text[: most - tail - 5]} ... {text[-tail:]}"
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What somebody else's exception says, for a message of ours: in one line, of at most so many characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    """What somebody else's exception says, for a message of ours: ``printable``."""
+    return printable(str(error), most)
 
 
 class PruneAttnError(Exception):

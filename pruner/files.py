@@ -1,11 +1,116 @@
-"""Paths as people write them."""
+"""Paths as people write them; files of others, read with bounds: regular files only, so many bytes, strict JSON."""
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import os
+import stat
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from pruner.errors import PruneAttnError, one_line, printable
+
+JSON_BYTES = 16 << 20  # a model of 10,000 layers needs 12 MB of index or header; the 405B has 0.1 MB
+NESTING = 100
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_LARGEST = 10**300  # what is beyond it is no number of a model's and overflows where it is computed with
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
     """The path, with the home directory for a leading ``~``: a shell leaves it where it stands in quotes."""
     return Path(os.path.expanduser(path))
+
+
+def open_regular(path: Path, cure: str = "download this file again") -> BinaryIO:
+    """A regular file, open for reading; links are followed. ``PruneAttnError`` for what is missing or anything else.
+
+    A FIFO is not waited for, and nothing of a device is read.
+    """
+    odd = PruneAttnError(f"{path}: is not a regular file; put a file there")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise odd from None
+        if error.errno not in _MISSING:
+            raise
+        what = "is a link to a file that is gone" if path.is_symlink() else "is missing"
+        raise PruneAttnError(f"{path}: {what}; {cure}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise odd
+    return os.fdopen(fd, "rb")
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """A regular file's bytes. Raises ``PruneAttnError`` as ``open_regular``, and where there are more than ``most``."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise PruneAttnError(f"{path}: is larger than {most:,} bytes, which no such file needs; download it again")
+    return data
+
+
+def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most ``most`` bytes. Raises ``PruneAttnError`` as ``parse_json``."""
+    return parse_json(read_bounded(path, most), path)
+
+
+def parse_json(data: bytes | str, path: Path | str) -> dict[str, Any]:
+    """The object that strict JSON describes; ``path`` is what errors begin with.
+
+    Raises ``PruneAttnError`` for what is no JSON object in UTF-8, for a name that stands twice, for NaN, infinities and
+    numbers beyond 1e300, for half a surrogate pair, and for more than ``NESTING`` levels.
+    """
+    if data[:100].strip()[:8] in (b"version ", "version "):
+        raise PruneAttnError(f"{path}: is a Git LFS pointer; run `git lfs pull` in that repository")
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise PruneAttnError(f"{path}: is JSON nested too deeply; download or write it again") from None
+    except ValueError as error:
+        why = "it is empty" if not data.strip() else one_line(error, 120)
+        raise PruneAttnError(f"{path}: is not JSON ({why}); download or write it again") from None
+    if not isinstance(value, dict):
+        raise PruneAttnError(f"{path}: is not a JSON object; download or write it again")
+    if flaw := _flaw(value):
+        raise PruneAttnError(f"{path}: {flaw}; download or write it again")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # add gives None
+        raise ValueError(f"the name {printable(twice, 60)!r} stands twice in it")
+    return out
+
+
+def _flaw(value: Any, field: str = "", depth: int = 0) -> str | None:
+    """What a parsed value holds that is no JSON, or that nothing can work with, and in which field."""
+    if isinstance(value, str):
+        return None if value.isascii() or _is_text(value) else f"{field} holds half a surrogate pair, which is no text"
+    if isinstance(value, (int, float)):
+        sound = abs(value) < _LARGEST if isinstance(value, int) else math.isfinite(value)
+        return None if sound else f"{field} is NaN, infinite or beyond 1e300, which is not JSON"
+    if not isinstance(value, (dict, list)) or not value:
+        return None
+    if depth == NESTING:
+        return f"is JSON nested more than {NESTING} levels deep"
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        name = f"{field}.{key}".lstrip(".") if depth < 4 else field
+        if flaw := (isinstance(key, str) and _flaw(key, name)) or _flaw(item, name, depth + 1):
+            return printable(flaw)
+    return None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,7 +6,6 @@ LLM-Drop's ``drop_attn_list`` / ``drop_mlp_list`` (a ``config.json`` that has th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from typing import Any
 
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import JSON_BYTES, expand, parse_json, read_bounded, read_json
 from pruner.llama import SUBLAYERS, Decoder
 from pruner.select import POSITIONAL, STRATEGIES, positional_order
 
@@ -167,11 +166,11 @@ def original_counts(checkpoint: Checkpoint) -> dict[str, int]:
     """
     layers, file = checkpoint.decoder.num_layers, checkpoint.path / PLAN_FILE
     try:
-        recorded = json.loads(file.read_bytes()) if file.is_file() else {}
+        recorded = read_json(file) if file.is_file() else {}
         original = recorded["original"]["num_hidden_layers"]
         if recorded["format"] == FORMAT and isinstance(original, int):
             layers = max(layers, original)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, PruneAttnError, KeyError, TypeError):
         pass  # never pruned by us, or somebody's own file
     return dict.fromkeys(SUBLAYERS, layers)
 
@@ -262,24 +261,23 @@ def read_plan(path: str | os.PathLike[str] | PruningPlan, checkpoint: Checkpoint
             _check_made_for("the plan", path.source, checkpoint)
         return path
     path = expand(path)
+    if not os.path.lexists(path):
+        raise PruneAttnError(f"{path}: no such plan; make one, or use --drop")
+    if path.is_dir():
+        raise PruneAttnError(f"{path}: is a directory; give the plan file, such as {path / PLAN_FILE}")
     try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise PruneAttnError(f"{path}: no such plan; make one, or use --drop") from None
-    except IsADirectoryError:
-        raise PruneAttnError(f"{path}: is a directory; give the plan file, such as {path / PLAN_FILE}") from None
+        text = read_bounded(path, JSON_BYTES).decode("utf-8")
     except UnicodeDecodeError:
         raise PruneAttnError(f"{path}: is not a plan (not UTF-8 text)") from None
     lines = text.split()
     if lines and all(line in _EVOPRESS for line in lines):
         return _read_evopress(path, lines, checkpoint)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        raise PruneAttnError(f"{path}: is not a plan; expected JSON, or one of none|attn|mlp|attn+mlp a line") from None
-    if isinstance(data, dict) and data.get("format") == FORMAT:
+    if not text.lstrip().startswith("{"):
+        raise PruneAttnError(f"{path}: is not a plan; expected JSON, or one of none|attn|mlp|attn+mlp a line")
+    data = parse_json(text, path)
+    if data.get("format") == FORMAT:
         return _read_ours(path, data, checkpoint)
-    if isinstance(data, dict) and ("drop_attn_list" in data or "drop_mlp_list" in data):
+    if "drop_attn_list" in data or "drop_mlp_list" in data:
         return _read_llm_drop(path, data, checkpoint)
     raise PruneAttnError(f"{path}: is not a plan; expected prune-attn's, EvoPress's or LLM-Drop's")
 

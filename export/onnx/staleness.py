@@ -5,7 +5,6 @@ The graph's metadata carries every shard's size and the SHA-256 of its header, w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from export.onnx import GRAPH, GraphOptions
 from export.onnx.graph import OPTIONS, SHARDS, VERSION, build_graph
 from export.onnx.rope import inverse_frequencies
 from pruner.checkpoint import CONFIG, Checkpoint
-from pruner.checkpoint.directory import read_json
 from pruner.errors import PruneAttnError
+from pruner.files import parse_json, read_json
 from pruner.plan import PLAN_FILE
 
 
@@ -52,8 +51,8 @@ def metadata(model: onnx.ModelProto) -> dict[str, str]:
 def graph_options(model: onnx.ModelProto) -> GraphOptions:
     """What the graph was built with; the model's own where its metadata does not say."""
     try:
-        return GraphOptions(**json.loads(metadata(model)[OPTIONS]))
-    except (KeyError, TypeError, ValueError):
+        return GraphOptions(**parse_json(metadata(model)[OPTIONS], GRAPH))
+    except (KeyError, TypeError, PruneAttnError):
         return GraphOptions()
 
 
@@ -61,9 +60,9 @@ def changes(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
     """One line for each shard that is not the one that the graph was made over, and for another configuration."""
     cure = f"write model.onnx again with prune-attn export {checkpoint.path} --accept-changes if that was meant"
     try:
-        made_over = json.loads(metadata(model)[SHARDS])
+        made_over = parse_json(metadata(model)[SHARDS], GRAPH)
         expected = {name: (fact["size"], fact["header_sha256"]) for name, fact in made_over.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, PruneAttnError):
         yield f"{checkpoint.path / GRAPH}: its list of shards is damaged; {cure}"
         return
     for shard in checkpoint.shards:
@@ -146,7 +145,7 @@ def _genai_problems(path: Path) -> Iterator[str]:
     # its values are there to be changed
     if path.is_file():
         try:
-            sound = read_json(path)[0]["model"]["decoder"]["filename"] == GRAPH
+            sound = read_json(path)["model"]["decoder"]["filename"] == GRAPH
         except (PruneAttnError, LookupError, TypeError):
             sound = False
         if not sound:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from export.safetensors import replace_file
+from pruner.errors import PruneAttnError
+from pruner.files import read_json
 
 FOLDER = "unfinished"
 
@@ -30,11 +32,11 @@ class Parts:
     def saved(self, name: str, options: Any) -> Any:
         """``None`` where this part was not finished, with these options."""
         try:
-            found = json.loads(self._path(name).read_bytes())
+            found = read_json(self._path(name), 1 << 30)
             if found["key"] == _digest([self._key, options]):
                 self.reused.append(name)
                 return found["value"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, PruneAttnError, KeyError):
             pass
         return None
 

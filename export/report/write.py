@@ -11,9 +11,8 @@ from typing import Any
 from export.report import FORMAT, RESULTS, VERSION, content, plots
 from export.safetensors import replace_file
 from pruner import __version__
-from pruner.checkpoint.directory import read_json
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, read_json
 
 REPORT_FILES = (RESULTS, "report.md", "report.html", "compare.md", "compare.html")
 
@@ -23,8 +22,8 @@ def read_results(path: Path) -> dict[str, Any]:
     path = path / RESULTS if path.is_dir() else path
     if not path.is_file():
         raise PruneAttnError(f"{path}: no such file; give a results.json that prune-attn validate wrote")
-    results, _ = read_json(path)
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
+    results = read_json(path)
+    if results.get("format") != FORMAT:
         raise PruneAttnError(f"{path}: was not written by prune-attn validate; give its results.json")
     if results.get("version") != VERSION:
         raise PruneAttnError(

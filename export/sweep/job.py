@@ -21,7 +21,7 @@ from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, read_json
 from pruner.llama import SUBLAYERS
 from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant, read_plan
 from pruner.select import POSITIONAL, STRATEGIES, select
@@ -260,9 +260,9 @@ def _row(
 def _not_ours(directory: Path) -> str | None:
     """Why a directory is not wholly a finished sweep; ``None`` where it is, so that replacing it loses nothing."""
     try:
-        if json.loads((directory / RESULTS).read_bytes())["format"] != FORMAT:
+        if read_json(directory / RESULTS).get("format") != FORMAT:
             return "was not written by prune-attn sweep"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, PruneAttnError):
         return "was not written by prune-attn sweep"
     extra = sorted({path.name for path in directory.iterdir()} - set(FILES))
     return f"holds {extra[0]}, which prune-attn did not write" if extra else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from export.safetensors import replace_file
 from pruner.errors import PruneAttnError
+from pruner.files import read_json
 
 STATE = "progress.json"
 
@@ -62,10 +63,10 @@ def kept(output: Path, setting: dict[str, Any]) -> Iterator[Kept]:
         except BlockingIOError:
             raise PruneAttnError(f"{work.path}: another sweep is writing it; wait for it to end") from None
         try:
-            before = json.loads(file.read_bytes())
+            before = read_json(file)
             work.perplexity, work.speed = before["perplexity"], before["speed"]
             differs = [name for name, value in setting.items() if before["setting"].get(name) != value]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (PruneAttnError, KeyError, TypeError, AttributeError):
             raise PruneAttnError(f"{file}: is damaged; remove {work.path} to begin again") from None
         if differs:
             raise PruneAttnError(

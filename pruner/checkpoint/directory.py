@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.header import GGML, no_duplicates, read_shard
+from pruner.checkpoint.header import GGML, read_shard
 from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Shard, Tensor
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, parse_json, read_bounded, read_json
 from pruner.llama import UNQUANTISED, Decoder, check_not_quantised, check_tensors
 
 CONFIG = "config.json"
@@ -23,6 +22,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PYTORCH = "pytorch_model.bin"
 PYTORCH_INDEX = "pytorch_model.bin.index.json"
+_CONFIG_BYTES = 4 << 20  # a pruned model of 10,000 layers has 3 MB
 
 
 @dataclass(frozen=True)
@@ -92,29 +92,17 @@ def _in_hub_cache(path: Path) -> bool:
     return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
-def read_json(path: Path) -> tuple[Any, str]:
-    """A JSON file's value and the SHA-256 of its bytes. Raises ``PruneAttnError`` when it is not JSON."""
-    raw = path.read_bytes()
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=refuse)
-        return value, hashlib.sha256(raw).hexdigest()
-    except (ValueError, RecursionError) as error:
-        raise PruneAttnError(f"{path}: is not JSON ({str(error)[:120]}); download or write it again") from None
-
-
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:
     """``config.json`` of a checkpoint directory and its SHA-256; ``PruneAttnError`` where there is no such thing."""
     path = directory / CONFIG
     if not path.is_file():
         raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {CONFIG} in it; {_instead(directory)}")
-    config, digest = read_json(path)
-    if not isinstance(config, dict):
-        raise PruneAttnError(f"{path}: is not a JSON object; download it again")
-    return config, digest
+    return _read_with_digest(path)
+
+
+def _read_with_digest(path: Path) -> tuple[dict[str, Any], str]:
+    raw = read_bounded(path, _CONFIG_BYTES)
+    return parse_json(raw, path), hashlib.sha256(raw).hexdigest()
 
 
 def _check_directory(directory: Path) -> None:
@@ -169,8 +157,7 @@ def _shard_names(directory: Path, single: str, index: str) -> tuple[list[str], d
     if os.path.lexists(directory / single):  # transformers, too, takes the single file where both exist
         return [single], None
     index_path = directory / index
-    data, _ = read_json(index_path)
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise PruneAttnError(f"{index_path}: has no weight_map; download it again")
     names = sorted(set(weight_map.values()))
@@ -213,7 +200,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if weights is None and meta_parts(directory):
         if not (directory / PARAMS).is_file():
             raise PruneAttnError(f"{directory / PARAMS}: is missing; it lies beside the parts in Meta's distribution")
-        params, digest = read_json(directory / PARAMS)
+        params, digest = _read_with_digest(directory / PARAMS)
         config, shards, decoder, tensors = read_meta(directory, params)
         return Checkpoint(directory, config, digest, shards, decoder, tensors, meta=True)
     config, digest = read_config(directory)

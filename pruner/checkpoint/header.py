@@ -6,32 +6,20 @@ header of N bytes, then the tensors' data without gaps or overlaps, in any order
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
-import stat
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pruner.checkpoint.tensor import DTYPE_BYTES, Shard, Tensor
-from pruner.errors import PruneAttnError, one_line
+from pruner.errors import PruneAttnError
+from pruner.files import JSON_BYTES, open_regular, parse_json
 from pruner.llama import UNQUANTISED
 
 GGML = (b"GGUF", b"lmgg", b"tjgg", b"fmgg")
 LONGEST_NAME = 500
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """``object_pairs_hook`` for JSON in which a name given twice is an error, not a choice."""
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the name {key!r} stands twice in it")
-        out[key] = value
-    return out
+MAX_HEADER_BYTES = JSON_BYTES  # the safetensors library takes 100 MB, which make 2 GB of Python objects
 
 
 def _is_count(value: Any) -> bool:
@@ -40,16 +28,7 @@ def _is_count(value: Any) -> bool:
 
 def open_shard(path: Path) -> tuple[BinaryIO, int]:
     """Open a file of weights for reading; the file and its size in bytes. ``PruneAttnError`` where it is none."""
-    try:
-        info = path.stat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise
-        what = "is a link to a file that is gone" if path.is_symlink() else "is missing"
-        raise PruneAttnError(f"{path}: {what}; download this file again") from None
-    if not stat.S_ISREG(info.st_mode):
-        raise PruneAttnError(f"{path}: is not a regular file; a shard must be a file")
-    file = open(path, "rb")  # noqa: SIM115, the caller closes it
+    file = open_regular(path)
     if file.read(8) == b"version ":
         file.close()
         raise PruneAttnError(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull` in that repository")
@@ -82,13 +61,7 @@ def read_shard(path: Path) -> Shard:
         if 8 + length > size:
             raise bad(f"is truncated: its header alone needs {8 + length} bytes and the file has {size}")
         raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise bad(f"its header cannot be read ({one_line(error)})") from None
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-
+    header = parse_json(raw, f"{path}: its header cannot be read")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad("its header's __metadata__ is not a map of strings")

@@ -7,7 +7,6 @@ variables and ``hf auth login`` set. Tokens are never read here but to keep them
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ from pruner.checkpoint.directory import (
 from pruner.checkpoint.header import MAX_HEADER_BYTES
 from pruner.checkpoint.meta import PARAMS, PART
 from pruner.errors import MachineError, PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, read_json
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
@@ -182,8 +181,8 @@ class HubModel:
     def _indexed(self, index: Path) -> list[str]:
         assert self.sizes is not None
         try:
-            named = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            named = set(read_json(index)["weight_map"].values())
+        except (PruneAttnError, LookupError, TypeError, AttributeError):
             return []
         return [name for name in self.sizes if name in named and "/" not in name]
 

@@ -7,7 +7,6 @@ differ in their logits alone. Source: https://github.com/EleutherAI/lm-evaluatio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pruner.errors import PruneAttnError
+from pruner.files import read_json
 from pruner.model import LanguageModel
 
 Report = Callable[[int, int], None]  # requests done, of how many
@@ -152,7 +152,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
     """The tokens that ``model.generate`` would stop at: the generation config's, else the config's, else EOS."""
     for name in ("generation_config.json", "config.json"):
         path = Path(tokenizer.name_or_path) / name
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
         if found is not None:
             return found if isinstance(found, list) else [found]
     return [tokenizer.eos_token_id]

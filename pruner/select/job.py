@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, read_json
 from pruner.select.exhaustive import check_few, exhaustive, layer_evaluations, subsets
 from pruner.select.positional import POSITIONAL
 from pruner.select.search import Found, check_objective, expected_work, extend, order_of, search
@@ -27,6 +27,7 @@ CALIBRATED = ("similarity", "search", "exhaustive")
 SAMPLES, LENGTH = 64, 2048  # by the study in docs/selection.md
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
+_MOST_KEPT = 1 << 30  # bytes; a long search keeps every figure
 
 Progress = Callable[[float, float, str], None]  # done, in all (estimated), what is known so far
 
@@ -325,9 +326,9 @@ class _Job:
         if not self.resume or self.partial is None or not self.partial.exists():
             return {}
         try:
-            state = json.loads(self.partial.read_text())
+            state = read_json(self.partial, _MOST_KEPT)
             key, _, _ = state["key"], state["batch"], state["known"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (PruneAttnError, KeyError, TypeError):
             raise PruneAttnError(f"{self.partial}: is not a partial plan; remove it and start again") from None
         differs = [name for name, value in self.key().items() if key.get(name) != value]
         if differs:

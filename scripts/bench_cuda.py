@@ -74,7 +74,7 @@ def measure(open_model: Callable[[], Any], prompts: list[int], rounds: int = 4, 
         out["prefill"][prompt] = spread(prefill[1:])  # the first round captures and warms up
         counted = np.reshape(decode, (rounds + 1, -1))[1:, 4:]
         out["decode"][prompt] = spread(counted.ravel().tolist())
-        if getattr(model, "_cuda_graph", False):
+        if getattr(model, "cuda_graph", False):
             out.setdefault("queued_ms", {})[prompt] = queued(model)
     out["gpu_bytes"] = gpu_bytes() - before
     return out
@@ -82,12 +82,9 @@ def measure(open_model: Callable[[], Any], prompts: list[int], rounds: int = 4, 
 
 def queued(model: Any, steps: int = 40) -> float:
     """Milliseconds of a decode step, the GPU's part: an ``OnnxSession``'s, many in a row, the last of them awaited."""
-    options = model._run_options(model._graph_id)
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     start = time.perf_counter()
     for step in range(steps):
-        waiting = model._run_options(model._graph_id) if step == steps - 1 else options
-        model._runner.run_with_iobinding(model._step, waiting)
+        model.run_step(wait=step == steps - 1)
     return round((time.perf_counter() - start) / steps * 1e3, 3)
 
 
@@ -101,12 +98,12 @@ def run_lengths(directory: str) -> dict[str, Any]:
     """Prefill of 12 prompt lengths that were not met before (601 to 645 tokens), as they are and padded as we do."""
     import numpy as np
 
-    from export.onnx import session as ours
+    from export.onnx.session import OnnxSession
 
     out = {}
-    for name, bucket in (("as they are", 1), ("padded", ours._BUCKET)):
-        ours._BUCKET = bucket
-        model = ours.OnnxSession(directory, device="cuda")
+    for name, bucket in (("as they are", 1), ("padded", None)):
+        model = OnnxSession(directory, device="cuda")
+        model.bucket = bucket or model.bucket
         tokens = np.random.default_rng(0).integers(3, model.vocab_size, 700).tolist()
         model.prefill([tokens])  # not the first run
         times = []
@@ -130,7 +127,8 @@ def run_builder(
     """
     import onnx
 
-    from export.onnx import session as ours
+    from export.onnx.runtime import check_cuda, open_on_cuda
+    from export.onnx.session import OnnxSession
     from pruner.checkpoint import open_checkpoint
 
     path = Path(directory, "model.onnx")
@@ -142,21 +140,13 @@ def run_builder(
         model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
         onnx.save(model, path)
 
-    class Foreign(ours.OnnxSession):
-        def __init__(self) -> None:
-            self.decoder = open_checkpoint(like).decoder
-            self.vocab_size, self.max_length, self.last_token_logits = self.decoder.vocab_size, CONTEXT, True
-            self.device, self.dtype, self._cuda_graph = "cuda", "float16", cuda_graph
-            if defaults:
-                ours._HOPPER, ours._CUDA_ENTRIES = None, {}
-            capability, stream = ours._check_cuda(), None if defaults else ours.borrow_stream(self)
-            self._session = ours._cuda_session(path, self.decoder, capability, cuda_graph, stream=stream)
-            self._stepper, self._placements = None, {}
-            self._stream = stream if capability == ours._HOPPER else None
-            self._slots, self._graph_id, self._batch = self.decoder.num_layers, 0, 0
-            self.reset()
+    decoder = open_checkpoint(like).decoder
 
-    return measure(Foreign, prompts)
+    def opened() -> OnnxSession:
+        runtime = open_on_cuda(path, decoder, check_cuda(), cuda_graph=cuda_graph, defaults=defaults)
+        return OnnxSession.over(runtime, decoder, "float16", CONTEXT, device="cuda", cuda_graph=cuda_graph)
+
+    return measure(opened, prompts)
 
 
 def run_torch(directory: str, prompts: list[int], compiled: bool) -> dict[str, Any]:
@@ -212,8 +202,7 @@ def run_correct(dtype: str, directory: str) -> dict[str, Any]:
             following = want[-1].argmax(-1).tolist()
             got.append(ours.decode(following))
             want.append(truth.decode(following))
-        own = " by a graph of their own" * (ours._runner is ours._stepper)
-        compare(f"prefill of {name}, 64 decode steps{own}", got, want)
+        compare(f"prefill of {name}, 64 decode steps", got, want)
     ours.reset(), truth.reset()
     got, want = [], []
     for part in (tokens[:30], tokens[30:31], tokens[31:200]):

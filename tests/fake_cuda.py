@@ -28,13 +28,7 @@ static int device(void *prop) {
     return 0;
 }
 int cuDeviceGetCount(int *n) { *n = 1; return 0; }
-int cuDeviceGetAttribute(int *v, int a, int d) { *v = getenv("HOPPER") ? 9 : 8; return 0; }
-int cuMemHostAlloc(void **p, size_t n, unsigned f) { return take(p, n); }
-int cuMemFreeHost(void *p) { free(p); return 0; }
-int cuMemAlloc_v2(void **p, size_t n) { return take(p, n); }
-int cuStreamCreate(void **p, unsigned f) { return take(p, 256); }
-int cuMemFree_v2(void *p) { free(p); return 0; }
-int cuMemcpyHtoD_v2(void *d, const void *s, size_t n) { memcpy(d, s, n); return 0; }
+int cuDeviceGetAttribute(int *v, int a, int d) { *v = 8; return 0; }
 int cudaGetDevice(int *d) { *d = 0; return 0; }
 int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
 int cudaGetDeviceProperties(void *p, int d) { return device(p); }
@@ -66,9 +60,7 @@ const char *cudaGetErrorString(int e) { return "fake"; }
 const char *cudaGetErrorName(int e) { return "fake"; }
 void **__cudaRegisterFatBinary(void *p) { static void *one; return &one; }
 """
-_DRIVER = ["cuInit", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"]  # our own calls
-_DRIVER += ["cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2"]
-_DRIVER += ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel"]
+_DRIVER = ["cuInit"]  # our own calls
 _CUDNN = "libcudnn.so.9"  # opened by name, so the provider does not list it
 
 

@@ -18,10 +18,9 @@ from conftest import edit_config, hub_snapshot
 from export import convert, export, verify
 from export.generate import generate
 from export.onnx import GRAPH
-from export.onnx.decode import decode_step
+from export.onnx.runtime import open_on_cuda
 from export.onnx.session import OnnxSession
 from pruner import PruneAttnError, open_checkpoint
-from pruner.errors import MachineError
 from pruner.model import TorchLanguageModel
 from pruner.text import load_tokenizer
 
@@ -142,10 +141,10 @@ def test_batch_of_unequal_prompts(session, oracle, ids):
 
 
 @pytest.mark.parametrize("last_token_logits", [False, True])
-def test_prompts_padded_as_on_cuda(copy, oracle, ids, monkeypatch, last_token_logits):
-    monkeypatch.setattr(OnnxSession, "_padded", lambda self, width: min(-(-width // 64) * 64, self.max_length))
+def test_prompts_padded_as_on_cuda(copy, oracle, ids, last_token_logits):
     export(copy, last_token_logits=last_token_logits)
     session = OnnxSession(copy, max_length=100)  # no multiple of 64
+    session.bucket = 64
     assert difference(session, oracle, [ids, ids[:3]], steps=4) < LIMIT
     assert difference(session, oracle, [(ids * 9)[:90], ids], steps=4) < LIMIT
     session.reset(), oracle.reset()
@@ -153,67 +152,6 @@ def test_prompts_padded_as_on_cuda(copy, oracle, ids, monkeypatch, last_token_lo
     assert np.abs(session.prefill([ids[1:]]) - oracle.prefill([ids[1:]])).max() < LIMIT
     if not last_token_logits:
         assert np.abs(session.logits(np.array([ids])) - oracle.logits(np.array([ids]))).max() < LIMIT
-
-
-def with_decode_step(directory: Path, **options) -> OnnxSession:
-    """A session on the CPU that decodes as on CUDA: by the graph of decode.py, beside the shards."""
-    import onnxruntime
-
-    session = OnnxSession(directory, device="cpu", **options)
-    graph = decode_step(open_checkpoint(directory), None, session.max_length)
-    onnx.save(graph, directory / "step.onnx")
-    onnx.checker.check_model(directory / "step.onnx")
-    session._stepper = onnxruntime.InferenceSession(directory / "step.onnx", providers=["CPUExecutionProvider"])
-    return session
-
-
-def test_decode_step_of_its_own(copy, oracle, ids):
-    session = with_decode_step(copy)
-    for prompts in ([ids], [ids, ids[:3], ids[4:11]], [ids[:3]]):  # several rows run the whole graph
-        assert difference(session, oracle, prompts, steps=64 if len(prompts) == 1 else 4) < LIMIT
-        assert session._stepper
-    session.reset(), oracle.reset()
-    session.prefill([ids[:5]]), oracle.prefill([ids])
-    session.prefill([ids[5:]])
-    assert np.abs(session.decode([7]) - oracle.decode([7])).max() < LIMIT
-
-
-@pytest.mark.parametrize(
-    ("fields", "options", "operators"),
-    [
-        ({"intermediate_size": 256}, {"layers": "1"}, {"Shape": 4, "GatedRMSNorm": 4}),
-        ({"intermediate_size": 192}, {"layers": "1"}, {"Shape": 4, "GatedRMSNorm": 4}),
-        ({"intermediate_size": 96}, {"layers": "1"}, {"Shape": 0, "GatedRMSNorm": 0}),
-        ({"intermediate_size": 128, "mlp_bias": True}, {"layers": "1"}, {"Shape": 0, "GatedRMSNorm": 4}),
-        ({"intermediate_size": 128}, {"layers": "1,2", "sublayer": "mlp"}, {"Shape": 2, "GatedRMSNorm": 2}),
-        ({"intermediate_size": 128}, {"layers": "1", "max_shard_size": "70KB"}, {"GatedRMSNorm": 4}),
-    ],
-)
-def test_shapes_of_the_decode_step(tmp_path, fields, options, operators):
-    oracle = converted(tmp_path, fields, options)
-    session = with_decode_step(tmp_path / "out")
-    ran = [node.op_type for node in onnx.load(tmp_path / "out/step.onnx", load_external_data=False).graph.node]
-    assert {operator: ran.count(operator) for operator in operators} == operators
-    rng = np.random.default_rng(0)
-    for length in (150, 40):
-        assert difference(session, oracle, [rng.integers(0, 64, length).tolist()]) < LIMIT
-
-
-def test_a_decode_step_that_disagrees_is_not_taken(copy, oracle, ids):
-    import onnxruntime
-
-    session = with_decode_step(copy)
-    graph = onnx.load(copy / "step.onnx", load_external_data=False)
-    for node in graph.graph.node:  # the product that should come first is not waited for
-        if node.op_type == "GatedRMSNorm":
-            node.input[0] = "up"
-    onnx.save(graph, copy / "step.onnx")
-    session._stepper = onnxruntime.InferenceSession(copy / "step.onnx", providers=["CPUExecutionProvider"])
-    session.prefill([ids]), oracle.reset(), oracle.prefill([ids])
-    with pytest.warns(RuntimeWarning, match=r"decoding goes on with model\.onnx"):
-        assert np.abs(session.decode([7]) - oracle.decode([7])).max() < LIMIT
-    assert np.abs(session.decode([8]) - oracle.decode([8])).max() < LIMIT
-    assert difference(session, oracle, [ids[:9]]) < LIMIT
 
 
 def test_prefill_in_parts(session, oracle, ids):
@@ -631,59 +569,6 @@ def test_errors(session, pruned, ids):
         short.decode([1])
 
 
-def test_memory_that_the_gpu_reads_in_place(monkeypatch):
-    """The driver is stood in for: what is asked of it, and that all of it is given back, once."""
-    import ctypes
-    import gc
-
-    from export.onnx import cuda_driver as module
-
-    class Driver:
-        def __init__(self, code: int = 0) -> None:
-            self.code, self.blocks, self.freed, self.current = code, {}, [], 0
-
-        def cuCtxPushCurrent_v2(self, context):
-            self.current += 1
-
-        def cuCtxPopCurrent_v2(self, context):
-            self.current -= 1
-
-        def cuMemHostAlloc(self, address, size, flags):
-            assert self.current == 1
-            assert flags == 3
-            if not self.code:
-                block = ctypes.create_string_buffer(b"\xff" * size.value, size.value)
-                address._obj.value = ctypes.addressof(block)
-                self.blocks[address._obj.value] = block
-            return self.code
-
-        def cuMemFreeHost(self, address):
-            assert self.current == 1
-            self.freed.append(address.value)
-
-    driver = Driver()
-    monkeypatch.setattr(module, "_driver", lambda: driver)
-    monkeypatch.setattr(module, "_context", lambda: None)
-    array = module.pinned((2, 3), np.int64)
-    assert array.dtype == np.int64
-    assert array.tolist() == [[0] * 3] * 2
-    assert list(driver.blocks) == [array.ctypes.data]
-    array[1, 2] = 7
-    row = array[1]
-    del array
-    gc.collect()
-    assert row.tolist() == [0, 0, 7]
-    assert not driver.freed
-    del row
-    gc.collect()
-    assert driver.freed == list(driver.blocks)
-    assert not driver.current
-
-    driver = Driver(code=2)
-    with pytest.raises(MachineError, match=r"4,000 bytes \(CUDA error 2\)$"):
-        module.pinned((10, 100), np.float32)
-
-
 def test_cuda_is_not_taken_for_granted(tmp_path):
     convert(MODEL, tmp_path / "out", drop=4)
     session = OnnxSession(tmp_path / "out")
@@ -704,7 +589,6 @@ def test_cuda_is_not_taken_for_granted(tmp_path):
     ],
 )
 def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capability, kv_heads, users, seen):
-    from export.onnx import session as module
     from pruner.llama import Decoder
 
     names = ("ORT_ENABLE_XQA", "CUBLAS_WORKSPACE_CONFIG")
@@ -712,8 +596,8 @@ def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capa
     def environment() -> dict[str, str]:
         return {name: os.environ[name] for name in names if name in os.environ}
 
-    def opened(path, providers, entries, values):
-        assert entries == {"session.use_device_allocator_for_initializers": "1"}
+    def opened(path, options, providers):
+        assert options.get_session_config_entry("session.use_device_allocator_for_initializers") == "1"
         found.append(environment())
         raise RuntimeError("no GPU in this test")
 
@@ -722,12 +606,11 @@ def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capa
     for name, value in users.items():
         monkeypatch.setenv(name, value)
     found: list[dict[str, str]] = []
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(module, "_session", opened)
+    monkeypatch.setattr("onnxruntime.InferenceSession", opened)
     heads = {"num_attention_heads": 8, "num_key_value_heads": kv_heads}
     config = json.loads((MODEL / "config.json").read_bytes()) | heads
     with pytest.raises(PruneAttnError, match="no GPU in this test"):
-        module._cuda_session(MODEL / GRAPH, Decoder.from_config(config, MODEL / "config.json"), capability, True)
+        open_on_cuda(MODEL / GRAPH, Decoder.from_config(config, MODEL / "config.json"), capability)
     assert found == [seen]
     assert environment() == users
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -23,8 +23,8 @@ from pruner.checkpoint import CONFIG, Checkpoint, Tensor
 from pruner.errors import PruneAttnError
 from pruner.llama import WEIGHT_DTYPES
 
-MICROSOFT = "com.microsoft"
-_OPSETS = (("", 23), (MICROSOFT, 1))
+_MICROSOFT = "com.microsoft"
+_OPSETS = (("", 23), (_MICROSOFT, 1))
 _IR_VERSION = 11  # the first with opset 23
 
 VERSION, SOURCE, PLAN, SHARDS, OPTIONS = (
@@ -55,7 +55,7 @@ def build_graph(
         raise PruneAttnError(f"{path}: hidden_act {activation!r} has no ONNX graph; only silu has")
     if any(decoder.attention) and decoder.head_dim % 16:
         raise PruneAttnError(f"{path}: head size {decoder.head_dim}: ONNX Runtime's attention wants a multiple of 16")
-    builder = Builder(checkpoint, model_context(checkpoint, options.context))
+    builder = _Builder(checkpoint, model_context(checkpoint, options.context))
     return builder.model(
         options.last_token_logits,
         {
@@ -80,10 +80,8 @@ def model_context(checkpoint: Checkpoint, context: int | None = None) -> int:
     return context
 
 
-class Builder:
+class _Builder:
     """Nodes and initializers under construction. Methods take and return names of values."""
-
-    lengths_input: ClassVar = ("attention_mask", ("batch_size", "total_sequence_length"))  # what ``lengths`` reads
 
     def __init__(self, checkpoint: Checkpoint, context: int) -> None:
         self.checkpoint, self.decoder, self.context = checkpoint, checkpoint.decoder, context
@@ -116,7 +114,7 @@ class Builder:
         have, parts = self.checkpoint.tensors, parts or [name]
         matrix = self.weight(f"{name}.weight", [have[f"{part}.weight"] for part in parts])
         biased = f"{parts[0]}.bias" in have
-        y = self.node(f"{MICROSOFT}:FusedMatMul", [x, matrix], f"{name}.matmul" if biased else name, transB=1)
+        y = self.node(f"{_MICROSOFT}:FusedMatMul", [x, matrix], f"{name}.matmul" if biased else name, transB=1)
         if biased:
             y = self.node("Add", [y, self.weight(f"{name}.bias", [have[f"{part}.bias"] for part in parts])], name)
         return y
@@ -129,7 +127,7 @@ class Builder:
         # outputs 1 and 2 stay empty: they are for training, and fp16 kernels do not have them
         outputs = [name, "", "", f"{name}.residual"]
         self.node(
-            f"{MICROSOFT}:SkipSimplifiedLayerNormalization", [residual, update, weight], name, outputs,
+            f"{_MICROSOFT}:SkipSimplifiedLayerNormalization", [residual, update, weight], name, outputs,
             epsilon=self.epsilon,
         )  # fmt: skip
         return name, outputs[3]
@@ -147,7 +145,7 @@ class Builder:
         )
         inputs = [*qkv, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
         self.node(
-            f"{MICROSOFT}:GroupQueryAttention", inputs, p, [p, *present], num_heads=d.num_heads,
+            f"{_MICROSOFT}:GroupQueryAttention", inputs, p, [p, *present], num_heads=d.num_heads,
             kv_num_heads=d.num_kv_heads, scale=d.head_dim**-0.5, do_rotary=1, rotary_interleaved=0,
         )  # fmt: skip
         return self.linear(p, f"{p}.o_proj")
@@ -235,7 +233,7 @@ class Builder:
             x = self.node("GatherND", [x, columns], "last_token", batch_dims=1)
         head = self.tensor(self.checkpoint.head)
         wide = self.element != TensorProto.FLOAT  # widened on the device: hosts do it slowly, or cannot (bfloat16)
-        logits = self.node(f"{MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)
+        logits = self.node(f"{_MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)
         if wide:
             self.node("Cast", [logits], "logits", to=TensorProto.FLOAT)
 
@@ -247,10 +245,9 @@ class Builder:
             return [info(f"{kind}.{j}.{n}", self.element, shape) for j in range(len(slots)) for n in ("key", "value")]
 
         int64, time = TensorProto.INT64, 1 if last_token_logits else "sequence_length"
-        lengths, rows = self.lengths_input
         inputs = [
             info("input_ids", int64, ["batch_size", "sequence_length"]),
-            info(lengths, int64, rows),
+            info("attention_mask", int64, ["batch_size", "total_sequence_length"]),
             *cache("past_key_values", "past_sequence_length"),
         ]
         outputs = [

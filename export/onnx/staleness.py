@@ -115,11 +115,6 @@ def check_fresh(checkpoint: Checkpoint) -> onnx.ModelProto:
     return model
 
 
-def is_as_written(model: onnx.ModelProto, checkpoint: Checkpoint) -> bool:
-    """Whether it computes what ``export`` writes for this checkpoint, rather than what somebody made of it."""
-    return build_graph(checkpoint, None, graph_options(model)).graph == model.graph
-
-
 def graph_problems(checkpoint: Checkpoint, record: dict[str, Any] | None) -> Iterator[str]:
     """For ``verify``: stale shards, or a graph that is not what exporting with the same options would write."""
     path = checkpoint.path / GRAPH

@@ -18,7 +18,7 @@ from pruner.evaluate import bootstrap
 from pruner.model import LanguageModel
 
 LEAST_REPEATS = 3
-_WARM_UP_STEPS = 24  # on a GPU OnnxSession tries things in the first twenty
+_WARM_UP_STEPS = 8
 _COPY_BYTES = 4 << 30
 
 

@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from pruner import __version__
-from pruner.errors import PruneAttnError
+from pruner.errors import LONGEST_LINE, PruneAttnError, one_line, printable
 from pruner.files import expand
 from pruner.select import OBJECTIVES, POSITIONAL, STRATEGIES, check_useful
 
@@ -111,7 +111,7 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
                 f"-{_bytes(row['bytes'])}",
                 f"-{_bytes(row['kv_cache_bytes_per_token'])}" if row["kv_cache_bytes_per_token"] else "0",
             )
-    _print(f"[bold]{_escape(facts['path'])}[/]", table, saved)
+    _print(str(facts["path"]), table, saved)
 
 
 @cli.command()
@@ -195,7 +195,7 @@ def convert(
         + (f" --revision {shlex.quote(options['revision'])}" if options["revision"] else "")
         + (f" --cache-dir {shlex.quote(options['cache_dir'])}" if options["cache_dir"] else "")
     )
-    _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), _escape(following))
+    _print(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), following)
     for pushed in result.pushed:
         _print_push(pushed)
     if then_validate:
@@ -252,7 +252,7 @@ def select(source: str, output: str, as_json: bool, **options: Any) -> None:
             )
         )
     where = shlex.quote(str(result.path))
-    after.append(_escape(f"next: prune-attn convert {shlex.quote(source)} OUTPUT --plan {where}"))
+    after.append(f"next: prune-attn convert {shlex.quote(source)} OUTPUT --plan {where}")
     _print(*lines, table, *after)
 
 
@@ -273,10 +273,10 @@ def verify(output: str, against: str | None, as_json: bool, **options: Any) -> N
     elif result.ok:
         after = f" converted to {result.converted_to}" if result.converted_to else ""
         compared = f"; {result.compared} tensors equal {against}'s{after}, byte for byte" if against else ""
-        click.echo(f"{output}: ok{compared}")
+        _say(f"{output}: ok{compared}")
     else:
         for problem in result.problems:
-            click.echo(problem, err=True)
+            _say(problem, err=True)
     if not result.ok:
         sys.exit(1)
 
@@ -320,7 +320,7 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
         if as_json:
             _print_json(written)
         else:
-            click.echo(f"{gguf}: {_bytes(written['bytes'])}; next: llama-completion -m {shlex.quote(gguf)}")
+            _say(f"{gguf}: {_bytes(written['bytes'])}; next: llama-completion -m {shlex.quote(gguf)}")
         return
     from export.deliver import export
 
@@ -339,12 +339,10 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
         following = f"copy the original's tokenizer files into {where}; nothing generates text without them"
     packed = "" if result.packed == result.attention else f", {result.attention - result.packed} with q, k, v apart"
     _print(
-        _escape(
-            f"{result.path}: model.onnx ({_bytes(result.graph_bytes)} over the .safetensors bytes) and "
-            f"genai_config.json, {result.attention} attentions{packed}, context {result.context}"
-        ),
-        *(_escape(f"note: {note}") for note in result.notes),
-        _escape(f"next: {following}"),
+        f"{result.path}: model.onnx ({_bytes(result.graph_bytes)} over the .safetensors bytes) and "
+        f"genai_config.json, {result.attention} attentions{packed}, context {result.context}",
+        *(f"note: {note}" for note in result.notes),
+        f"next: {following}",
     )
 
 
@@ -365,7 +363,7 @@ def generate(directory: str, as_json: bool, revision: str | None, cache_dir: str
     with _progress("fetching") as progress:  # closed before text comes
         runtime = options["backend"] == "onnx"
         directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
-    result = generate(directory, write=None if as_json else lambda text: click.echo(text, nl=False), **options)
+    result = generate(directory, write=None if as_json else _write_text, **options)
     if as_json:
         _print_json(vars(result))
         return
@@ -417,7 +415,7 @@ def sweep(source: str, output: str, as_json: bool, **options: Any) -> None:
         with _steps() as progress:
             result = sweep(source, output, progress=progress, **options)
     except _Stopped:
-        click.echo(f"what is finished is kept in {output.rstrip('/')}.partial; the same command goes on", err=True)
+        _say(f"what is finished is kept in {output.rstrip('/')}.partial; the same command goes on", err=True)
         raise
     if as_json:
         _print_json(result.to_json())
@@ -428,7 +426,7 @@ def sweep(source: str, output: str, as_json: bool, **options: Any) -> None:
         cost = [f"{row['perplexity']:,.2f}", f"x{row['perplexity_ratio']:.2f}"] if row["perplexity"] else ["-", ""]
         speed = [f"x{row[s]:.2f}" if row[s] else "-" for s in ("decode_speedup", "prefill_speedup")]
         table.add_row(what, row["strategy"], *cost, *speed)
-    _print(table, _escape(f"{result.path}: sweep.md, sweep.csv, sweep.json, the plots, and plans for convert --plan"))
+    _print(table, f"{result.path}: sweep.md, sweep.csv, sweep.json, the plots, and plans for convert --plan")
 
 
 @cli.command()
@@ -455,15 +453,15 @@ def _print_push(result: Push) -> None:
     if result.dry_run:
         table = _table("would push", "size")
         for name, size in result.files.items():
-            table.add_row(_escape(name), _bytes(size))
+            table.add_row(name, _bytes(size))
         table.add_row(f"{len(result.files)} files", _bytes(sum(result.files.values())))
         _print(table)
     for note in result.notes:
-        _print(_escape(f"note: {note}"))
+        _print(f"note: {note}")
     for name in result.removed:
-        _print(_escape(f"note: {name}, of an earlier push, was removed there"))
+        _print(f"note: {name}, of an earlier push, was removed there")
     if not result.dry_run:
-        _print(_escape(f"pushed: {result.pull_request or result.url}"))
+        _print(f"pushed: {result.pull_request or result.url}")
 
 
 _OF_PART = {
@@ -538,11 +536,11 @@ def _validate(original: str, pruned: str, as_json: bool, options: dict[str, Any]
             column.no_wrap = False
         table.columns[1].no_wrap = True
         for row in glance_rows(done.results):
-            table.add_row(*map(_escape, row))
-        notes = (_escape(f"note: {note}") for note in done.results["notes"])
-        _print(table, "in brackets: 95% intervals", *notes, _escape(f"the report lies in {done.output}/report.html"))
+            table.add_row(*row)
+        notes = (f"note: {note}" for note in done.results["notes"])
+        _print(table, "in brackets: 95% intervals", *notes, f"the report lies in {done.output}/report.html")
     for problem in done.problems:
-        click.echo(problem, err=True)
+        _say(problem, err=True)
     if done.exit_code:
         sys.exit(done.exit_code)
 
@@ -555,7 +553,7 @@ def report(results: tuple[str, ...], output: str) -> None:
     from export.report.write import report
 
     for path in report(results, output):
-        click.echo(path)
+        _say(str(path))
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -565,31 +563,41 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def _print(*parts: Any) -> None:
+def _say(text: str, err: bool = False) -> None:
+    """One line; whatever it quotes of others' files can neither move the cursor nor fill the screen."""
+    click.echo(printable(text, LONGEST_LINE), err=err)
+
+
+def _write_text(text: str) -> None:
+    """What a model says: as it is, but to a terminal without control characters."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" or c >= "\xa0" else repr(c)[1:-1] for c in text)
+    click.echo(text, nl=False)
+
+
+def _print(*parts: str | Table) -> None:
     import shutil
 
     from rich.console import Console
 
     # rendered first, so that a broken pipe is ours to handle; a narrow window wraps lines but keeps the numbers
     width = max(80, shutil.get_terminal_size().columns)
-    console = Console(highlight=False, emoji=False, soft_wrap=True, width=width)
+    console = Console(highlight=False, emoji=False, markup=False, soft_wrap=True, width=width)
     with console.capture() as text:
         for part in parts:
-            console.print(part)
+            console.print(printable(part, LONGEST_LINE) if isinstance(part, str) else part)
     click.echo(text.get(), nl=False)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, show_header=any(columns), pad_edge=False)
+    class Printable(Table):
+        def add_row(self, *cells: str) -> None:  # type: ignore[override]
+            super().add_row(*(printable(cell, 100) for cell in cells))
+
+    table = Printable(box=box.SIMPLE, show_header=any(columns), pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
@@ -708,7 +716,7 @@ def _choosing_shown() -> Iterator[tuple[Callable[[float, float, str], None], Cal
             bar.stop()
 
     try:
-        yield progress, lambda line: console.print(_escape(line))
+        yield progress, lambda line: console.print(printable(line, LONGEST_LINE), markup=False)
     finally:
         bar.stop()
 
@@ -754,7 +762,7 @@ def main() -> NoReturn:
     for signum in _SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # all is done; an interrupt now would only print a traceback
     if text:
-        click.echo(f"prune-attn: {' '.join(text.split())}", err=True)
+        _say(f"prune-attn: {text}", err=True)
     if isinstance(code, int) and code > 128 and threading.active_count() > 1:  # transfers, whose end nobody waits for
         sys.stderr.flush()
         os._exit(code)
@@ -781,7 +789,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, "out of memory"
     return (
         1,
-        f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (PRUNE_ATTN_DEBUG=1 shows where)",
+        f"unexpected {type(error).__name__}: {one_line(error, 300)} (PRUNE_ATTN_DEBUG=1 shows where)",
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+LONGEST_LINE = 2000  # characters; one that names 126 layers has 500
+
 
 def printable(text: str, most: int = 200) -> str:
     """Foreign text for people to read: one line of at most ``most`` characters, nothing in it that moves a cursor.
@@ -9,7 +13,7 @@ def printable(text: str, most: int = 200) -> str:
     Control characters, half surrogate pairs and the like are written as Python writes them; of what is too long the
     middle goes, for a message begins with the file and ends with the cure.
     """
-    text = " ".join(_shortened(text, most).split())
+    text = re.sub(r"\s*[^\S ]\s*", " ", _shortened(text, most).strip())
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return _shortened(text, most)
@@ -29,6 +33,9 @@ class PruneAttnError(Exception):
     """Bad input: the message is one line that names the file and the cure. The command exits with 2."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, LONGEST_LINE))  # it may quote what others wrote
 
 
 class MachineError(PruneAttnError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -86,3 +88,50 @@ def test_what_is_printed_is_one_short_line():
     assert len(long) <= 300
     assert long.startswith("file.json: ")
     assert long.endswith("; download it again")
+    assert printable("two  spaces/of a path") == "two  spaces/of a path"
+
+
+ESCAPE = "[/x]\x1b]0;owned\x07\x9b2J\u202e"
+
+
+def shown_safely(done: subprocess.CompletedProcess[str], longest: int = 2100) -> bool:
+    lines = (done.stdout + done.stderr).splitlines()
+    return all(line.isprintable() and len(line) <= longest for line in lines)
+
+
+@pytest.mark.parametrize("value", [ESCAPE, "x" * 3_000_000], ids=["escapes", "megabytes"])
+def test_foreign_text_reaches_the_terminal_escaped_and_short(cli, source, tmp_path, value):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"hidden_act": value}))
+    done = cli("convert", source, tmp_path / "out", "--layers", "3", check=0)  # no graph: a note says why
+    assert "no model.onnx" in done.stdout
+    assert shown_safely(done)
+    (source / "config.json").write_text(json.dumps(config | {"architectures": [value]}))
+    for args in (("inspect", source), ("verify", tmp_path / "out", "--against", source)):
+        assert shown_safely(cli(*args, check=2))
+    plan = tmp_path / "plan.json"
+    for fields in ({"format": "prune-attn plan", "version": value}, {"drop_attn_list": [], "num_hidden_layers": value}):
+        plan.write_text(json.dumps(fields))
+        assert shown_safely(cli("convert", SHIPPED, tmp_path / "new", "--plan", plan, check=2))
+
+
+def test_a_directory_with_a_hostile_name(cli, tmp_path):
+    for name in (ESCAPE.replace("/", ""), os.fsdecode(b"\xff\xfe")):
+        shutil.copytree(SHIPPED, tmp_path / name)
+        done = cli("inspect", tmp_path / name, check=0)
+        assert shown_safely(done)
+        cli("inspect", tmp_path / name, "--json", check=0)
+        for args in (("convert", tmp_path / name, tmp_path / name / "[x]", "--layers", "3"),):
+            assert shown_safely(cli(*args, check=2))
+        done = cli("convert", tmp_path / name, tmp_path / f"{name}out", "--layers", "3", check=0)
+        assert shown_safely(done)
+        assert shown_safely(cli("verify", tmp_path / f"{name}out", "--against", tmp_path / name, check=0))
+
+
+def test_what_a_model_says_cannot_move_the_cursor(monkeypatch, capsys):
+    from export import cli
+
+    cli._write_text("as\x1bit\tis\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    cli._write_text("\x1b[2J\x07\nzero\u200cwidth\t\x9bm")
+    assert capsys.readouterr().out == "as\x1bit\tis\n\\x1b[2J\\x07\nzero\u200cwidth\t\\x9bm"

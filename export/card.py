@@ -310,6 +310,5 @@ def name_repository(directory: Path, repo_id: str) -> None:
     text = path.read_text("utf-8")
     named = _MODEL_ID.sub(f'model_id = "{repo_id}"', text)
     named = re.sub(r"^hf download \S+ ", f"hf download {repo_id} ", named, flags=re.MULTILINE)
-    if named != text:
-        with suppress(MachineError, PermissionError):
-            replace_files(directory, {record.CARD: named.encode()})
+    with suppress(MachineError, PermissionError):
+        replace_files(directory, {record.CARD: named.encode()} if named != text else {})

@@ -259,11 +259,15 @@ def select(source: str, output: str, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("output", type=_PATH)
 @click.option("--against", type=_PATH, metavar="SOURCE", help="Compare every kept tensor with SOURCE, byte for byte.")
-@_REVISION
+@click.option("--revision", metavar="REV", help="SOURCE's branch, tag or commit, on the Hub.  [default: main]")
+@click.option("--output-revision", metavar="REV", help="OUTPUT's, where it is on the Hub.  [default: main]")
 @_CACHE
 @_JSON
 def verify(output: str, against: str | None, as_json: bool, **options: Any) -> None:
-    """Check a directory that convert wrote. Exits with 1 where something is wrong."""
+    """Check a directory that convert wrote. Exits with 1 where something is wrong.
+
+    OUTPUT and SOURCE are directories or Hub ids.
+    """
     from export.verify import verify
 
     with _progress("comparing") as progress:
@@ -297,8 +301,12 @@ def _takes_only(option: str, *names: str) -> None:
 @cli.command()
 @click.argument("directory", type=_PATH)
 @click.argument("output", type=_PATH, required=False)
-@click.option("--last-token-logits", is_flag=True, help="Logits of each row's last token only: what a service wants.")
-@click.option("--context", type=int, metavar="N", help="Tokens of context.  [default: the model's own]")
+@click.option(
+    "--last-token-logits/--all-logits",
+    default=None,
+    help="Logits of each row's last token only, or of all.  [default: as model.onnx has it, else all]",
+)
+@click.option("--context", type=int, metavar="N", help="Tokens.  [default: as model.onnx has it, else the model's own]")
 @click.option("--accept-changes", is_flag=True, help="Shards were changed since the last export, and that was meant.")
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Convert the weights; only into an OUTPUT."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import threading
@@ -28,8 +27,6 @@ RUNS_ON = {
     "float16": "float16 runs on CUDA, and on the CPU slowly",
     "bfloat16": "bfloat16 runs on CUDA only, not on the CPU",
 }
-
-_TEMPORARY = re.compile(r"\.(model\.onnx|genai_config\.json|README\.md)\.prune-attn-new-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def export(
     output: str | os.PathLike[str] | None = None,
     *,
     context: int | None = None,
-    last_token_logits: bool = False,
+    last_token_logits: bool | None = None,
     accept_changes: bool = False,
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
@@ -98,11 +95,12 @@ def export(
 
     In place (no ``output``) for what prune-attn wrote, or what ``save_pretrained`` made of it: each file is replaced in
     one step and no weights are read. Shards that changed since the last export are refused unless ``accept_changes``.
+    ``context`` (tokens) and ``last_token_logits`` are those of the graph that is there, where they are ``None``.
     With ``output``, for any Llama, also by its Hub id (at ``revision``, through ``cache_dir``): its weights are copied
     there, laid out so that q|k|v is one piece, under ``convert``'s rules; ``dtype`` converts them. Raises
     ``PruneAttnError``, or ``MachineError`` where the disk fails.
     """
-    options = GraphOptions(context, last_token_logits)
+    options = GraphOptions(context, bool(last_token_logits))
     if output is None and find(directory, revision=revision, cache_dir=cache_dir) is not None:
         raise PruneAttnError(f"{directory}: is on the Hub; name an output: prune-attn export {directory} OUTPUT")
     directory = fetch(directory, revision=revision, cache_dir=cache_dir, progress=progress)
@@ -131,12 +129,29 @@ def export(
 
         with suppress(DamagedGraphError):  # this is the cure
             check_fresh(checkpoint)
+    options = _as_before(checkpoint, context, last_token_logits)
     replace_files(checkpoint.path, runtime_files(checkpoint, facts, options))
     return _describe(checkpoint, options, [])
 
 
+def _as_before(checkpoint: Checkpoint, context: int | None, last_token_logits: bool | None) -> GraphOptions:
+    """The options of the graph that is there, if one is, but for those that are given."""
+    from export.onnx.graph import model_context
+    from export.onnx.staleness import graph_options, read_graph
+
+    before = GraphOptions()
+    with suppress(PruneAttnError):  # there is none, or nothing that can be read
+        before = graph_options(read_graph(checkpoint.path / GRAPH))
+    if context is None and before.context is not None:
+        context = min(before.context, model_context(checkpoint))  # the model's may be another now
+    return GraphOptions(context, before.last_token_logits if last_token_logits is None else last_token_logits)
+
+
 def replace_files(directory: Path, files: dict[str, bytes]) -> None:
-    """Each file whole or as it was: written beside its place, then renamed. Others that do so meanwhile wait."""
+    """Each file whole or as it was: written beside its place, then renamed. Others that do so meanwhile wait.
+
+    What a killed one left is removed first.
+    """
     with _locked(directory):
         _replace_files(directory, files)
 
@@ -156,7 +171,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
     for path in directory.iterdir():
-        if _TEMPORARY.fullmatch(path.name):  # a killed run's
+        if record.LEFTOVER.fullmatch(path.name):  # a killed run's
             path.unlink(missing_ok=True)
     temporary = {name: directory / f".{name}.prune-attn-new-{secrets.token_hex(6)}" for name in files}
     try:

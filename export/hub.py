@@ -90,6 +90,8 @@ def push(
             "request that is open, give --revision refs/pr/N alone)"
         )
     check_can_push(repo_id, dry_run=dry_run)
+    if not directory.is_dir():
+        raise PruneAttnError(f"{directory}: no such directory; give one that prune-attn convert wrote")
     problems = verify(directory).problems
     if problems:
         raise PruneAttnError(f"{directory}: is not pushed, for it does not verify: {problems[0]}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ CARD = "README.md"
 # A person may edit the card, and export may write these two again; verify holds the graph against the shards instead.
 REWRITABLE = (CARD, "model.onnx", "genai_config.json")
 
-# What this tool, and programs that merely load a directory, put beside the files that the record lists.
-_KNOWN = {PLAN_FILE, CARD, "model.onnx", "genai_config.json", "report", "__pycache__", ".cache"}
+# What this tool, programs that merely load a directory, and the Hub put beside the files that the record lists.
+_KNOWN = {PLAN_FILE, *REWRITABLE, "report", "__pycache__", ".gitattributes", ".cache/huggingface", ".git"}
+
+# What a killed ``deliver.replace_files`` leaves beside these; the next one removes it.
+LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, REWRITABLE))})\.prune-attn-new-[0-9a-f]{{12}}")
 
 
 def make_record(plan: PruningPlan, checkpoint: Checkpoint, result: Decoder, dtype: str | None) -> dict[str, Any]:
@@ -91,19 +96,28 @@ def not_ours(directory: Path) -> str | None:
     record = read_record(directory)
     if record is None:
         return "was not written by prune-attn"
+    if (directory / ".git").exists():
+        return "is a git clone, whose history would go"
     extra = strangers(directory, record)
     return f"holds {extra[0]}, which prune-attn did not write" if extra else None
 
 
 def strangers(directory: Path, record: dict[str, Any]) -> list[Path]:
     """What lies in a directory that neither the record lists nor this tool's other commands write, relative names."""
-    found = []
-    written = {Path(name) for name in record["files"]}
-    folders = {parent for name in written for parent in name.parents}
+    there = []
     for root, names, files in os.walk(directory):
         here = Path(root).relative_to(directory)
-        for name in [*names, *files]:
-            path = here / name
-            if path.parts[0] not in _KNOWN and path not in written and path not in folders:
-                found.append(path)
-    return sorted(found)
+        there += [here / name for name in [*names, *files]]
+    return unknown(there, record)
+
+
+def unknown(there: Iterable[Path], record: dict[str, Any]) -> list[Path]:
+    """Which of these relative names neither the record, nor this tool's other commands, nor the Hub account for."""
+    known = {Path(name) for name in _KNOWN}
+    ours = known | {Path(name) for name in record["files"]}
+    ours |= {parent for name in ours for parent in name.parents}
+    return sorted(
+        path
+        for path in there
+        if path not in ours and known.isdisjoint(path.parents) and not LEFTOVER.fullmatch(path.as_posix())
+    )

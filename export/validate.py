@@ -692,7 +692,9 @@ def _check_output(output: Path, original: Path) -> None:
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(original)):
         raise PruneAttnError(f"{output}: lies in the original; choose another directory with --output")
     if output.is_dir():
-        strange = [p for p in output.iterdir() if p.name not in (RESULTS, FOLDER)]
+        from export.report.write import is_ours
+
+        strange = [p for p in output.iterdir() if not is_ours(p.name)]
         if strange and not (output / RESULTS).is_file():
             raise PruneAttnError(f"{output}: holds {strange[0].name} and no report; choose another directory")
     elif output.exists() or output.is_symlink():

@@ -16,8 +16,8 @@ from export.onnx import GRAPH
 from export.safetensors import read_as
 from export.target import output_config, source_names
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
-from pruner.checkpoint.hub import fetch
-from pruner.errors import PruneAttnError
+from pruner.checkpoint.hub import HubModel, find, names_repository
+from pruner.errors import MachineError, PruneAttnError
 from pruner.files import expand
 from pruner.llama import Decoder, safetensors_dtype
 from pruner.nemotron_nas import dialect
@@ -59,6 +59,7 @@ def verify(
     output: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
+    output_revision: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[..., None] | None = None,
@@ -67,20 +68,55 @@ def verify(
     ``model.onnx``, where there is one, belongs to these shards. No weights are read.
 
     With ``against`` (the source it was made from): every kept tensor byte for byte (after the same conversion, where
-    ``--dtype`` was used), every dropped one gone, and the same configuration again. It may be a Hub id (at
-    ``revision``, through ``cache_dir``), which is fetched. ``progress`` is called with (bytes compared, bytes in all),
-    while fetching with "fetching" as a third argument. Raises ``PruneAttnError`` only where ``output`` is no directory
-    or ``against`` no checkpoint; all else is reported as problems.
+    ``--dtype`` was used), every dropped one gone, and the same configuration again. Both may be Hub ids (``output`` at
+    ``output_revision``, ``against`` at ``revision``, through ``cache_dir``), which are fetched. ``progress`` is called
+    with (bytes compared, bytes in all), while fetching with "fetching" as a third argument. Raises ``PruneAttnError``
+    only where ``output`` is no directory and no repository, or ``against`` no checkpoint; all else is reported as
+    problems.
     """
-    output = expand(output)
-    if not output.is_dir():
+    if against is None and revision is not None:
+        raise PruneAttnError("--revision is of a Hub id given with --against; the output's is --output-revision")
+    on_hub = [place for place in (output, against) if place is not None and names_repository(place)]
+    if cache_dir is not None and not on_hub:
+        raise PruneAttnError("--cache-dir is for Hub ids, and none is given; leave it out")
+
+    def find_at(place: str | os.PathLike[str], revision: str | None) -> HubModel | None:
+        return find(place, revision=revision, cache_dir=cache_dir if place in on_hub else None)
+
+    model = find_at(output, output_revision)
+    if model is None and not expand(output).is_dir():
         raise PruneAttnError(f"{output}: no such directory; give one that prune-attn convert wrote")
     source = None
     if against is not None:
-        source = open_checkpoint(fetch(against, revision=revision, cache_dir=cache_dir, progress=progress))
-    elif revision is not None or cache_dir is not None:
-        raise PruneAttnError("--revision and --cache-dir belong to a Hub id given with --against; leave them out")
-    result = Verification(output, None if source is None else source.path)
+        original = find_at(against, revision)
+        source = open_checkpoint(against if original is None else original.fetch(progress=progress))
+    result = Verification(expand(output), None if source is None else source.path)
+    if model is None:
+        _verify(result, source, progress)
+        return result
+    try:
+        result.path, strange = _fetched(model, progress)
+        result.problems += (f"{output}: {name} on the Hub was not written by prune-attn" for name in strange)
+        _verify(result, source, progress)
+    except MachineError:
+        raise
+    except PruneAttnError as error:
+        result.problems.append(str(error))
+    return result
+
+
+def _fetched(model: HubModel, progress: Callable[..., None] | None) -> tuple[Path, list[Path]]:
+    """A pruned repository's snapshot in the cache, and what else lies there, which is not fetched."""
+    if model.sizes is None:
+        return model.fetch(), []
+    facts = record.read_record(model.download([CONFIG, PLAN_FILE]))
+    place = model.fetch(runtime=True, progress=progress, also=facts["files"] if facts else ())
+    return place, [] if facts is None else record.unknown(map(Path, model.sizes), facts)
+
+
+def _verify(result: Verification, source: Checkpoint | None, progress: Callable[..., None] | None) -> None:
+    """Find the problems of ``result.path``, a directory."""
+    output = result.path
     facts = record.read_record(output)
     if facts is None:
         result.problems.append(f"{output / PLAN_FILE}: missing or not prune-attn's; was this directory converted?")
@@ -88,7 +124,7 @@ def verify(
         checkpoint = open_checkpoint(output)
     except PruneAttnError as error:
         result.problems.append(str(error))
-        return result
+        return
     if facts is not None:
         result.converted_to = facts.get("converted_to")
         result.problems += _structure(output, facts, checkpoint)
@@ -103,7 +139,6 @@ def verify(
         if not result.problems:
             left = source.decoder.without(facts["attention"], facts["mlp"])
             compare_tensors(checkpoint, source, left, result, progress)
-    return result
 
 
 def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:

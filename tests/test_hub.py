@@ -112,8 +112,25 @@ def test_round_trip(hub, run, environment, tmp_path):
     snapshot = Path(done.stdout.strip())
     assert all(file.is_symlink() for file in snapshot.iterdir())
     assert {k: v for k, v in tree(snapshot).items() if k != ".gitattributes"} == tree(out)
-    (snapshot / ".gitattributes").unlink()
-    run("verify", snapshot)
+    run("verify", snapshot)  # .gitattributes and all
+    # as `hf download --local-dir` lays it out
+    code = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
+    pull = [sys.executable, "-c", code, "user/llama-2-attn33", tmp_path / "local"]
+    subprocess.run(pull, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "local" / ".gitattributes").is_file()
+    assert (tmp_path / "local" / ".cache" / "huggingface").is_dir()
+    run("verify", "local")
+    run("push", "local", "user/llama-2-again")
+    assert set(tree(out)) == files(hub.repos["user/llama-2-again"])
+    run("convert", "own/llama-2-5m", "local", "--drop", "1", "--overwrite")
+    (tmp_path / "local" / ".cache").mkdir()
+    (tmp_path / "local" / ".cache" / "mine").write_text("x")
+    (tmp_path / "out" / ".git").mkdir()
+    run("verify", "out")
+    for place, why in (("local", ".cache/mine, which prune-attn did not write"), ("out", "is a git clone")):
+        done = run("convert", "own/llama-2-5m", place, "--drop", "1", "--overwrite", check=2)
+        assert why in done.stderr
+    (tmp_path / "out" / ".git").rmdir()
 
     import numpy as np
     import onnxruntime as ort
@@ -129,6 +146,51 @@ def test_round_trip(hub, run, environment, tmp_path):
     assert np.abs(session.run(["logits"], feed)[0] - expected.numpy()).max() < 1e-3
     # whatever was written anywhere, the token is not in it
     assert [p for p in tmp_path.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()] == []
+
+
+def test_verify_takes_hub_ids_on_both_sides(hub, run, out):
+    first = hub.add("own/plain", FILES).branches["main"]
+    hub.repos["own/plain"].commit("main", FILES | {"config.json": b"{}"})
+    run("push", "out", "user/pruned")
+    repo = hub.repos["user/pruned"]
+    sides = ("verify", "user/pruned", "--against", "own/plain", "--revision", first)
+    assert "91 tensors equal own/plain's" in run(*sides).stdout
+    assert run("verify", "user/pruned", "--cache-dir", "cache").stdout == "user/pruned: ok\n"
+    assert run("verify", "user/pruned", HF_HUB_OFFLINE="1").stdout == "user/pruned: ok\n"
+    good = repo.commits[repo.branches["main"]]
+    shard = bytearray(good["model.safetensors"])
+    shard[-1] ^= 1
+    for files, found in (
+        ({"model.safetensors": bytes(shard)}, "is not the source's"),
+        ({"model.safetensors": bytes(shard[:-1])}, "is truncated"),
+        ({"modeling_pruned_llama.py": b"import os"}, "modeling_pruned_llama.py: is not what was written"),
+        ({"evil.py": b"", "pytorch_model.bin": b""}, "evil.py on the Hub was not written by prune-attn"),
+        ({"pruning_plan.json": b"{}"}, "missing or not prune-attn's"),
+    ):
+        repo.commit("main", good | files)
+        hub.log.clear()
+        done = run("verify", *sides[1:], PRUNE_ATTN_DEBUG="1", check=1)
+        assert found in done.stderr.splitlines()[0]
+        assert not fetched(hub, "user/pruned") & {"evil.py", "pytorch_model.bin"}
+    repo.commit("fixed", good)
+    run(*sides, "--output-revision", "fixed")
+    assert "--output-revision" in run("verify", "user/pruned", "--revision", "fixed", check=2).stderr
+    assert "user/none" in run("verify", "user/none", check=2).stderr
+    assert "--cache-dir" in run("verify", "out", "--cache-dir", "cache", check=2).stderr
+
+
+def test_what_a_killed_card_left_is_cleared(hub, run, out):
+    left = out / ".README.md.prune-attn-new-0123456789ab"
+    left.write_text("half")
+    run("verify", "out")
+    run("push", "out", "user/pruned", "--dry-run")
+    assert left.exists()  # nothing is written there
+    run("push", "out", "user/pruned")
+    assert not left.exists()
+    assert files(hub.repos["user/pruned"]) == set(tree(out))
+    left.write_text("half")
+    run("convert", "own/llama-2-5m", "out", "--drop", "1", "--overwrite")
+    assert not left.exists()
 
 
 def test_push_that_is_killed_goes_on(hub, run, environment, tmp_path):

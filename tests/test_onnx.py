@@ -504,7 +504,58 @@ def test_an_export_killed_in_place_leaves_a_graph_that_runs(copy, session, ids, 
     half = OnnxSession(copy)
     assert half.max_length == (256 if replaced else 1024)
     assert np.array_equal(half.logits(np.array([ids])), session.logits(np.array([ids])))
+    problems = verify(copy).problems  # of the two files, one is the new graph's; what is half written is no stranger
+    assert [("context_length" in problem) for problem in problems] == [True] * replaced
+    assert len(list(copy.glob(".*.prune-attn-new-*"))) == 2 - replaced
     export(copy)  # cleans up after the killed one
+    assert verify(copy).ok
+    assert not list(copy.glob(".*"))
+
+
+def test_an_export_in_place_keeps_the_options_of_the_earlier_one(copy, cli):
+    def options(*given: str) -> tuple[int, bool]:
+        done = json.loads(cli("export", copy, "--json", *given, check=0).stdout)
+        genai = json.loads((copy / "genai_config.json").read_text())
+        assert done["context"] == genai["model"]["context_length"]
+        shape = onnx.load_model(copy / GRAPH, load_external_data=False).graph.output[0].type.tensor_type.shape
+        assert done["last_token_logits"] == (shape.dim[1].dim_value == 1)
+        return done["context"], done["last_token_logits"]
+
+    assert options() == (1024, False)
+    assert options("--context", "256") == (256, False)
+    assert options("--last-token-logits") == (256, True)
+    assert options() == (256, True)
+    assert options("--all-logits", "--context", "512") == (512, False)
+    assert export(copy, last_token_logits=True).context == 512
+    edit_config(copy, max_position_embeddings=300)
+    assert export(copy, accept_changes=True).context == 300
+    (copy / GRAPH).write_bytes(b"damaged")
+    assert options() == (300, False)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("model.context_length", 512),
+        ("model.decoder.num_hidden_layers", 12),
+        ("model.decoder.outputs.logits", "l"),
+        ("search.max_length", 5000),
+        ("model.decoder", None),
+    ],
+)
+def test_a_genai_config_of_another_graph_is_caught(copy, place, value):
+    path = copy / "genai_config.json"
+    config = json.loads(path.read_text())
+    *folders, name = place.split(".")
+    inner = config
+    for folder in folders:
+        inner = inner[folder]
+    inner[name] = value
+    config["search"]["temperature"] = 0.5  # a person's to change
+    path.write_text(json.dumps(config))
+    (problem,) = verify(copy).problems
+    assert problem.startswith(f"{path}: ")
+    export(copy)
     assert verify(copy).ok
 
 

@@ -5,6 +5,7 @@ The graph's metadata carries every shard's size and the SHA-256 of its header, w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from export.genai import GENAI_CONFIG
+from export.genai import GENAI_CONFIG, genai_config
 from export.onnx import GRAPH, GraphOptions
 from export.onnx.graph import OPTIONS, SHARDS, VERSION, build_graph
 from export.onnx.rope import inverse_frequencies
@@ -121,9 +122,14 @@ def graph_problems(checkpoint: Checkpoint, record: dict[str, Any] | None) -> Ite
     linked = next((shard.path for shard in checkpoint.shards if shard.path.is_symlink()), None)
     if linked is not None and not path.is_symlink():
         yield f"{path}: is no link and {linked.name} is one, which ONNX Runtime refuses; link both, or neither"
-    yield from _genai_problems(checkpoint.path / GENAI_CONFIG)
     try:
         model = read_graph(path)
+    except PruneAttnError as error:
+        yield str(error)
+        yield from _genai_problems(checkpoint, None)
+        return
+    yield from _genai_problems(checkpoint, graph_options(model).context)
+    try:
         stale = list(changes(model, checkpoint))
         yield from stale
         if stale:
@@ -136,15 +142,34 @@ def graph_problems(checkpoint: Checkpoint, record: dict[str, Any] | None) -> Ite
         yield f"{path}: is not what prune-attn writes for these weights; write it again with prune-attn export"
 
 
-def _genai_problems(path: Path) -> Iterator[str]:
-    # its values are there to be changed
-    if path.is_file():
-        try:
-            sound = read_json(path)["model"]["decoder"]["filename"] == GRAPH
-        except (PruneAttnError, LookupError, TypeError):
-            sound = False
-        if not sound:
-            yield f"{path}: is damaged, or for another graph; write it again with prune-attn export {path.parent}"
+# what a person must not change in genai_config.json
+_OF_THE_GRAPH = (
+    "filename", "hidden_size", "head_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "inputs",
+    "outputs",
+)  # fmt: skip
+
+
+def _genai_problems(checkpoint: Checkpoint, context: int | None) -> Iterator[str]:
+    """Where ``genai_config.json`` is not for this graph, of ``context`` tokens (``None``: it cannot be read)."""
+    path = checkpoint.path / GENAI_CONFIG
+    if not path.is_file():
+        return
+    again = f"write both again with prune-attn export {checkpoint.path}"
+    try:
+        found = read_json(path)
+        has, most = found["model"], context or found["model"]["context_length"]
+        wanted = json.loads(genai_config(checkpoint, most))["model"]
+        pairs = [(key, has[key], wanted[key]) for key in ("vocab_size", "context_length")]
+        pairs += [(key, has["decoder"][key], wanted["decoder"][key]) for key in _OF_THE_GRAPH]
+        wrong = next((pair for pair in pairs if pair[1] != pair[2]), None)
+        too_long = found["search"].get("max_length", 0) > most
+    except (PruneAttnError, LookupError, TypeError, AttributeError):
+        yield f"{path}: is damaged; {again}"
+        return
+    if wrong is not None:
+        yield f"{path}: {wrong[0]} is {str(wrong[1])[:60]!r} and {GRAPH} has {wrong[2]!r}; {again}"
+    elif too_long:
+        yield f"{path}: its max_length is more than the {most} tokens of {GRAPH}; {again}"
 
 
 def _comparable(model: onnx.ModelProto) -> bytes:

@@ -40,7 +40,7 @@ def eval_results(results: dict[str, Any]) -> list[dict[str, Any]]:
         text = facts["text"]["name"]
         add(text, "perplexity", f"perplexity, window {facts['window']}, stride {facts['stride']}",
             facts["perplexity"]["pruned"]["value"])  # fmt: skip
-        add(text, "accuracy", "most likely token the same as the original's", facts["agreement"]["value"])
+        add(text, "agreement", "most likely token the same as the original's", facts["agreement"]["value"])
     for facts in list(results["tasks"].values())[:1]:
         for task, row in facts["pruned"]["tasks"].items():
             shots = "" if row.get("shots") is None else f", {row['shots']}-shot"

@@ -51,7 +51,7 @@ def report(results: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     Raises ``PruneAttnError`` for what ``validate`` did not write, and for an ``output`` that holds something else.
     """
     output, found = expand(output), [read_results(expand(path)) for path in results]
-    if output.exists() and (not output.is_dir() or any(p.name not in _ours() for p in output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(not is_ours(p.name) for p in output.iterdir())):
         raise PruneAttnError(f"{output}: holds something else than a report; choose another directory")
     if len(found) == 1:
         try:
@@ -140,6 +140,11 @@ def _caveats(found: Sequence[dict[str, Any]]) -> list[str]:
         ("machines", [[r["environment"]["cpu"], r["environment"]["gpu"], r["environment"]["threads"]] for r in found]),
     )
     return [f"Beware: the {what} differ." for what, values in checks if differ(values)]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a report's directory is the report's, one that a kill left half written included."""
+    return name in _ours() or (name.startswith(".") and name.removeprefix(".").removesuffix(".new") in _ours())
 
 
 def _ours() -> set[str]:

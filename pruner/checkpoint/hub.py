@@ -51,6 +51,11 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def names_repository(source: str | os.PathLike[str]) -> bool:
+    """Whether ``find`` looks for it on the Hub: no path, and of the form of a Hub id."""
+    return is_hub_id(os.fspath(source)) and not os.path.lexists(source)
+
+
 def open_source(
     source: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> Checkpoint:
@@ -86,7 +91,7 @@ def find(
 ) -> HubModel | None:
     """The Hub repository that ``source`` names, its revision made a commit; ``None`` where it names a path."""
     text = os.path.expanduser(os.fspath(source))
-    if os.path.lexists(text) or not is_hub_id(text):
+    if not names_repository(text):
         if revision is not None or cache_dir is not None:
             option = "--cache-dir" if revision is None else "--revision"
             raise PruneAttnError(f"{text}: is no Hub id, to which alone {option} belongs; leave it out")
@@ -141,7 +146,7 @@ class HubModel:
                 f"`hf download {self.repo_id} --local-dir DIR` and give DIR"
             )
         names = [CONFIG, _PLAN] + ([] if WEIGHTS in self.sizes else [INDEX])
-        directory = self._download(names)
+        directory = self.download(names)
         with quiet(), tempfile.TemporaryDirectory(prefix="prune-attn-") as place, ThreadPoolExecutor(8) as pool:
             for name in names:
                 if (directory / name).exists():
@@ -155,8 +160,8 @@ class HubModel:
                 raise type(error)(str(error).replace(place, self.repo_id)) from None
         return replace(checkpoint, path=directory)
 
-    def fetch(self, runtime: bool = False, progress: Progress | None = None) -> Path:
-        """Fetch what is missing of it into the cache; returns the snapshot's directory."""
+    def fetch(self, runtime: bool = False, progress: Progress | None = None, also: Iterable[str] = ()) -> Path:
+        """Fetch what is missing of it, ``also`` these files, into the cache; returns the snapshot's directory."""
         if self.sizes is None:
             return self._cached().path
         if self.has_headers:
@@ -171,7 +176,7 @@ class HubModel:
             )
         extra = ("model.onnx", "genai_config.json") if runtime else ()
         others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, PARAMS, *_BESIDES, *extra)]
-        return self._download([*others, *weights], progress)
+        return self.download([*others, *weights, *also], progress)
 
     def _safetensors(self, directory: Path) -> list[str]:
         """The weights' names; of a malformed index what can be had, for ``open_checkpoint`` says it better."""
@@ -192,7 +197,7 @@ class HubModel:
         if PYTORCH in self.sizes:
             return [PYTORCH]
         if PYTORCH_INDEX in self.sizes:
-            return [PYTORCH_INDEX, *self._indexed(self._download([PYTORCH_INDEX]) / PYTORCH_INDEX)]
+            return [PYTORCH_INDEX, *self._indexed(self.download([PYTORCH_INDEX]) / PYTORCH_INDEX)]
         return [name for name in self.sizes if PART.fullmatch(name)]
 
     def _stand_in(self, shard: Path, place: Path) -> None:
@@ -230,8 +235,8 @@ class HubModel:
                 f"{self.repo_id}: the Hub cannot be asked ({_why_not()}) and what is in the cache is not whole: {error}"
             ) from None
 
-    def _download(self, names: list[str], progress: Progress | None = None) -> Path:
-        """These files, into the cache; an interrupt does not wait for a transfer of gigabytes."""
+    def download(self, names: list[str], progress: Progress | None = None) -> Path:
+        """Those of these files that it has, into the cache; an interrupt does not wait for a transfer of gigabytes."""
         from huggingface_hub import snapshot_download, try_to_load_from_cache
 
         assert self.sizes is not None

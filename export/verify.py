@@ -75,10 +75,10 @@ def verify(
     problems.
     """
     if against is None and revision is not None:
-        raise PruneAttnError("--revision is of a Hub id given with --against; the output's is --output-revision")
+        raise PruneAttnError("--revision belongs to a Hub id given with --against; the output's is --output-revision")
     on_hub = [place for place in (output, against) if place is not None and names_repository(place)]
     if cache_dir is not None and not on_hub:
-        raise PruneAttnError("--cache-dir is for Hub ids, and none is given; leave it out")
+        raise PruneAttnError("--cache-dir belongs to a Hub id, and none is given; leave it out")
 
     def find_at(place: str | os.PathLike[str], revision: str | None) -> HubModel | None:
         return find(place, revision=revision, cache_dir=cache_dir if place in on_hub else None)

@@ -349,7 +349,7 @@ def test_revisions(hub, run, tmp_path):
     assert "weights" in run("inspect", "own/llama-2-5m", check=2).stderr
     for empty in ("--revision", "--cache-dir"):
         assert "is empty" in run("inspect", "own/llama-2-5m", empty, "", check=2).stderr
-    assert "belong to a Hub id" in run("verify", "out", "--revision", "v1", check=2).stderr
+    assert "belongs to a Hub id" in run("verify", "out", "--revision", "v1", check=2).stderr
     assert "no Hub id" in run("inspect", SHIPPED, "--revision", "v1", check=2).stderr
     # a path that exists is a path
     (tmp_path / "own").mkdir()

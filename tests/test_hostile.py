@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,50 +19,12 @@ from conftest import SHIPPED
 
 from export import convert
 from pruner import PruneAttnError
-from pruner.errors import printable
-from pruner.files import read_json
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     shutil.copytree(SHIPPED, tmp_path / "source")
     return tmp_path / "source"
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
-        ('{"a": {"b": NaN}}', "a.b is NaN"),
-        ('{"a": [0, -Infinity]}', "a.1 is NaN, infinite"),
-        ('{"a": 1e999}', "a is NaN, infinite"),
-        ('{"a": 1' + "0" * 400 + "}", "a is NaN, infinite"),
-        ('{"a": ' + "9" * 5000 + "}", "is not JSON"),
-        ('{"a": ["\\ud800"]}', "a.0 holds half a surrogate pair"),
-        ('{"\\udfff": 1}', "holds half a surrogate pair"),
-        ('{"a":' * 101 + "1" + "}" * 101, "nested more than 100"),
-        ('{"a":' + "[" * 100_000, "nested"),
-        ("[]", "is not a JSON object"),
-        ("", "it is empty"),
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b'{"a": "\xff"}', "is not JSON"),
-    ],
-)
-def test_json_is_read_strictly(tmp_path, text, match):
-    file = tmp_path / "some.json"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(PruneAttnError, match=match) as error:
-        read_json(file)
-    assert str(error.value).startswith(f"{file}: ")
-    assert len(str(error.value)) < len(str(file)) + 400
-    assert str(error.value).isprintable()
-
-
-def test_sound_json_is_read(tmp_path):
-    value = {"a": [1.5, -3, None, True, "\U0001f600", 10**30], "b": {}}
-    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), '{"a":' * 100 + "1" + "}" * 100):
-        (tmp_path / "some.json").write_text(text)
-        assert read_json(tmp_path / "some.json") == json.loads(text)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -78,17 +44,6 @@ def test_a_config_is_bounded(source):
     (source / "config.json").write_text(json.dumps(config | {"id2label": "x" * (5 << 20)}))
     with pytest.raises(PruneAttnError, match=r"config\.json: is larger than"):
         convert(source, source.parent / "out", drop=1)
-
-
-def test_what_is_printed_is_one_short_line():
-    assert printable("a\tb\n c") == "a b c"
-    assert printable("\x1b]0;owned\x07 \x9b2J \u202eright \ud800") == "\\x1b]0;owned\\x07 \\x9b2J \\u202eright \\ud800"
-    assert printable("Überraschung 🙂") == "Überraschung 🙂"
-    long = printable("file.json: " + "\x1b" * 5_000_000 + "; download it again", 300)
-    assert len(long) <= 300
-    assert long.startswith("file.json: ")
-    assert long.endswith("; download it again")
-    assert printable("two  spaces/of a path") == "two  spaces/of a path"
 
 
 ESCAPE = "[/x]\x1b]0;owned\x07\x9b2J\u202e"
@@ -135,3 +90,76 @@ def test_what_a_model_says_cannot_move_the_cursor(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     cli._write_text("\x1b[2J\x07\nzero\u200cwidth\t\x9bm")
     assert capsys.readouterr().out == "as\x1bit\tis\n\\x1b[2J\\x07\nzero\u200cwidth\t\\x9bm"
+
+
+def refused_soon(*args: object, seconds: float = 20, match: str = "") -> None:
+    """One line, exit code 2, within seconds and 1 GB (of which the command itself has 0.4)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "export.cli", *map(str, args)], capture_output=True, text=True, check=False,
+        timeout=seconds, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert shown_safely(done)
+    assert match in done.stderr
+
+
+def zipped(path: Path, pickle: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickle)
+
+
+def itself_as_pairs(path: Path) -> None:
+    """OrderedDict(items) whose items are a list of 30,000 entries, each the list itself."""
+    zipped(path, b"\x80\2ccollections\nOrderedDict\n]q\0(" + b"h\0" * 30_000 + b"e\x85R.")
+
+
+def brackets(path: Path) -> None:
+    zipped(path, b"\x80\2" + b"]" * (15 << 20) + b".")
+
+
+def legacy_braces(path: Path) -> None:
+    path.write_bytes(b"\x80\2" + b"}" * (16 << 20) + b".")
+
+
+def two_million_names(path: Path) -> None:
+    entry = b"PK\1\2" + bytes(42)
+    directory = entry * 2_000_000
+    local = b"PK\3\4" + bytes(26)
+    end = struct.pack("<QQHHIIQQQQ", 44, 0, 45, 45, 0, 0, 2_000_000, 2_000_000, len(directory), len(local))[8:]
+    end64 = b"PK\6\6" + struct.pack("<Q", 44) + end[0:]
+    locator = b"PK\6\7" + struct.pack("<IQI", 0, len(local) + len(directory), 1)
+    last = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(local + directory + end64 + locator + last)
+
+
+def offset_of_2_63(path: Path) -> None:
+    extra = struct.pack("<HHQ", 1, 8, 1 << 63)
+    name = b"x/data.pkl"
+    entry = b"PK\1\2" + struct.pack(
+        "<HHHHHHIIIHHHHHII", 20, 45, 0, 0, 0, 0, 0, 2, 2, len(name), len(extra), 0, 0, 0, 0, 0xFFFFFFFF
+    )
+    local, entry = b"PK\3\4" + bytes(26), entry + name + extra
+    path.write_bytes(local + entry + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(entry), len(local), 0))
+
+
+@pytest.mark.parametrize("write", [itself_as_pairs, brackets, legacy_braces, two_million_names, offset_of_2_63])
+def test_pickles_and_zips_that_want_everything(source, write: Callable[[Path], None]):
+    (source / "model.safetensors").unlink()
+    write(source / "pytorch_model.bin")
+    refused_soon("convert", source, source.parent / "out", "--layers", "3", match="pytorch_model.bin: ")
+
+
+def test_a_header_of_95_megabytes(source):
+    names = ",".join(f'"{i}":{{"dtype":"F16","shape":[0],"data_offsets":[0,0]}}' for i in range(1_650_000))
+    header = f"{{{names}}}".encode()
+    assert 90_000_000 < len(header) < 100_000_000
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refused_soon("inspect", source, match="model.safetensors: ")
+
+
+@pytest.mark.parametrize("text", ["[],", "{},", '"",', "0,"])
+def test_a_header_of_16_megabytes(source, text):
+    count = (15 << 20) // len(text)
+    header = b'{"a":[' + (text * count)[:-1].encode() + b"]}"
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refused_soon("inspect", source, match="model.safetensors: ")

@@ -37,7 +37,8 @@ _GLOBALS = {
     "torch._utils._rebuild_parameter_with_state": "parameter",  # the state is attributes of a Python object
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
 }
-_MOST = 16 << 20  # bytes of pickle or zip directory; a 70B needs 0.1 MB
+_MOST = 4 << 20  # bytes of pickle or zip directory; a 70B needs 0.1 MB
+_MOST_STEPS = 1 << 20  # instructions of a pickle; a 70B needs 30,000
 _MOST_ENTRIES = 1 << 20  # of all dictionaries in a pickle together, which a small one can repeat without end
 _MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -109,13 +110,34 @@ _Records = Callable[
 ]  # where a storage's bytes start in the file; _RefusedError where they are not all there
 
 
+class _Reads:
+    """A file for ``zipfile`` that does not hand out a directory of millions of names, which take a minute to list."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, nbytes: int = -1) -> bytes:
+        data = self._file.read(_MOST + 1 if nbytes < 0 else min(nbytes, _MOST + 1))
+        if len(data) > _MOST:
+            raise ValueError(f"it is larger than {_MOST:,} bytes")
+        return data
+
+
 def _read_zip(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
     import zipfile
 
     try:
-        archive = zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(_Reads(file))
         entries = {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError, OSError, MemoryError) as error:
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+        struct.error,
+        EOFError,
+        OSError,
+        OverflowError,
+    ) as error:
         _damaged(f"its zip directory cannot be read: {error}")
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -134,9 +156,9 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, _Records, str]:
             raise _RefusedError(
                 f"{shown} in it is compressed or encrypted, which torch.save never does; write it again with torch.save"
             )
-        file.seek(max(entry.header_offset, 0))
+        file.seek(entry.header_offset if 0 <= entry.header_offset < size else size)
         local = file.read(30)
-        if entry.header_offset < 0 or len(local) < 30 or not local.startswith(b"PK\3\4"):
+        if len(local) < 30 or not local.startswith(b"PK\3\4"):
             _damaged(f"{shown} is not where its zip directory says")
         begin = entry.header_offset + 30 + sum(struct.unpack("<HH", local[26:]))
         if nbytes is not None and entry.file_size != nbytes:
@@ -266,7 +288,9 @@ class _Reader:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         try:
-            for opcode, arg, _ in pickletools.genops(pickle):
+            for step, (opcode, arg, _) in enumerate(pickletools.genops(pickle)):
+                if step == _MOST_STEPS:
+                    raise _RefusedError(f"its pickle has more than {_MOST_STEPS:,} instructions, which no model needs")
                 self._step(opcode.name, arg)
             return self._stack.pop()
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
@@ -355,7 +379,7 @@ class _Reader:
             out: dict[str, Any] = {}
             if arguments:  # as Python 2 wrote it: a list of [key, value]
                 (pairs,) = arguments
-                self._set(out, [tuple(pair) for pair in _of(pairs, list)])
+                self._set(out, _of(pairs, list))
             return out
         if kind == "parameter":
             return _of(arguments[0], _Place)
@@ -369,7 +393,8 @@ class _Reader:
             raise ValueError("a shape without its strides")
         return place
 
-    def _set(self, target: dict[str, Any], items: list[tuple[Any, ...]]) -> None:
+    def _set(self, target: dict[str, Any], items: list[Any]) -> None:
+        """Put pairs into a dictionary; what is no pair is refused as it is met."""
         self._entries += len(items)
         if self._entries > _MOST_ENTRIES:
             raise _RefusedError(f"has more than {_MOST_ENTRIES:,} entries, which no model has; it was not read further")

@@ -6,7 +6,7 @@ import signal
 def main() -> None:
     """Run the command line (``export.cli``)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C simply ends the process
-    from export.cli import main
+    from export.cli.main import main
 
     main()
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import record
-from export.deliver import replace_files
+from export.engines import SNIPPETS
 from export.licence import Licence, llama_licence
+from export.staging import replace_files
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.files import expand
 from pruner.nemotron_nas.dialect import MODEL_TYPE
@@ -22,74 +23,6 @@ _BEGIN, _END = "<!-- results: prune-attn writes between these two lines -->", "<
 _RESULTS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _MODEL_ID = re.compile(r'^model_id = "[^"\n]*"', re.MULTILINE)
 _NOT_VALIDATED = "Not validated: accuracy and latency were not measured by prune-attn."
-
-# How to load a model, by engine. PATH is the repository or its directory; TRUST is ", trust_remote_code=True" or
-# nothing. The first three are run by tests/test_card.py, the other two by scripts/compat (which has no llama.cpp
-# program and no Hub: it calls llama.cpp's library with these options, and copies).
-SNIPPETS = {
-    "transformers": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model_id = "PATH"
-model = AutoModelForCausalLM.from_pretrained(model_idTRUST)
-tokenizer = AutoTokenizer.from_pretrained(model_idTRUST)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-```""",
-    "onnxruntime-genai": """```python
-import os
-
-import onnxruntime_genai as genai
-from huggingface_hub import snapshot_download
-
-model_id = "PATH"
-model = genai.Model(model_id if os.path.isdir(model_id) else snapshot_download(model_id))
-tokenizer = genai.Tokenizer(model)
-tokenizer.update_options(add_special_tokens="true")
-tokens = tokenizer.encode("Once upon a time")
-parameters = genai.GeneratorParams(model)
-parameters.set_search_options(max_length=len(tokens) + 40, do_sample=False)
-generator = genai.Generator(model, parameters)
-generator.append_tokens(tokens)
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```""",
-    "ONNX Runtime": """```python
-import os
-
-import numpy as np
-import onnxruntime as ort
-from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
-
-model_id = "PATH"
-path = model_id if os.path.isdir(model_id) else snapshot_download(model_id)
-tokenizer = AutoTokenizer.from_pretrained(pathTRUST)
-session = ort.InferenceSession(f"{path}/model.onnx", providers=["CPUExecutionProvider"])
-ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]
-inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-for cache in session.get_inputs()[2:]:  # keys and values of the attentions that are left: empty at first
-    dtype = np.float16 if "float16" in cache.type else np.float32
-    inputs[cache.name] = np.zeros((1, cache.shape[1], 0, cache.shape[3]), dtype)
-logits, *caches = session.run(None, inputs)  # the caches go in again with the next token
-print(tokenizer.decode(int(logits[0, -1].argmax())))
-```""",
-    "vLLM": """```python
-from vllm import LLM, SamplingParams
-
-model_id = "PATH"
-if __name__ == "__main__":  # vLLM starts processes that import this file
-    llm = LLM(model_idTRUST)
-    print(llm.generate(["Once upon a time"], SamplingParams(max_tokens=40, temperature=0))[0].outputs[0].text)
-```""",
-    "llama.cpp": """```bash
-# a directory that is here already needs no download; prune-attn writes the file, with its gguf extra
-hf download PATH --local-dir model
-prune-attn export model --gguf model.gguf
-llama-completion -m model.gguf -p "Once upon a time" -n 40 -no-cnv
-```""",
-}
 
 
 def read_card(directory: Path) -> dict[str, Any]:
@@ -285,7 +218,7 @@ def update_card(directory: str | os.PathLike[str], results: dict[str, Any]) -> N
     """
     from huggingface_hub import EvalResult
 
-    from export.report.card import card_section, eval_results
+    from export.report.for_card import card_section, eval_results
 
     directory = expand(directory)
     card = load_card(directory)

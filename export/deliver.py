@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
-import secrets
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from export import record
-from export.genai import GENAI_CONFIG, genai_config
-from export.onnx import GRAPH, GraphOptions
-from export.safetensors import write_file
+from export.engines import RUNS_ON
+from export.onnx import GraphOptions
+from export.onnx.runtime_files import runtime_files
+from export.staging import replace_files
 from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.checkpoint.hub import fetch, find
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
-from pruner.llama import WEIGHT_DTYPES
+from pruner.hub.source import fetch, find
+from pruner.names import GRAPH
 from pruner.nemotron_nas import dialect
-
-RUNS_ON = {
-    "float32": "float32 runs on the CPU: ONNX Runtime has no CUDA attention kernel for it",
-    "float16": "float16 runs on CUDA, and on the CPU slowly",
-    "bfloat16": "bfloat16 runs on CUDA only, not on the CPU",
-}
 
 
 @dataclass(frozen=True)
@@ -45,36 +38,6 @@ class Export:
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return {**vars(self), "path": str(self.path)}
-
-
-def runtime_files(checkpoint: Checkpoint, facts: dict[str, Any] | None, options: GraphOptions) -> dict[str, bytes]:
-    """The two files' bytes by name. ``PruneAttnError`` for what ``build_graph`` refuses; no weights are read."""
-    with _undisturbed():
-        from export.onnx.graph import build_graph, model_context
-
-        graph = build_graph(checkpoint, facts, options).SerializeToString(deterministic=True)
-        return {GRAPH: graph, GENAI_CONFIG: genai_config(checkpoint, model_context(checkpoint, options.context))}
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold signals back for the fraction of a second that this takes: onnx's native code crashes when interrupted.
-
-    Not by a mask, which would hold for this thread alone: a signal that another thread takes is handled here too.
-    """
-    if threading.current_thread() is not threading.main_thread():  # handlers never run here
-        yield
-        return
-    came: list[int] = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for number in came:
-            signal.raise_signal(number)
 
 
 def export(
@@ -105,7 +68,7 @@ def export(
         raise PruneAttnError(f"{directory}: is on the Hub; name an output: prune-attn export {directory} OUTPUT")
     directory = fetch(directory, revision=revision, cache_dir=cache_dir, progress=progress)
     if output is not None:
-        from export.convert import lay_out
+        from export.write import lay_out
 
         conversion = lay_out(directory, output, options, dtype, max_shard_size, overwrite, progress)
         return _describe(open_checkpoint(output), options, conversion.notes)
@@ -145,43 +108,6 @@ def _as_before(checkpoint: Checkpoint, context: int | None, last_token_logits: b
     if context is None and before.context is not None:
         context = min(before.context, model_context(checkpoint))  # the model's may be another now
     return GraphOptions(context, before.last_token_logits if last_token_logits is None else last_token_logits)
-
-
-def replace_files(directory: Path, files: dict[str, bytes]) -> None:
-    """Each file whole or as it was: written beside its place, then renamed. Others that do so meanwhile wait.
-
-    What a killed one left is removed first.
-    """
-    with _locked(directory):
-        _replace_files(directory, files)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    import fcntl
-
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
-    for path in directory.iterdir():
-        if record.LEFTOVER.fullmatch(path.name):  # a killed run's
-            path.unlink(missing_ok=True)
-    temporary = {name: directory / f".{name}.prune-attn-new-{secrets.token_hex(6)}" for name in files}
-    try:
-        for name, data in files.items():
-            write_file(temporary[name], data)
-        for name, path in temporary.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _describe(checkpoint: Checkpoint, options: GraphOptions, notes: list[str]) -> Export:

@@ -13,8 +13,6 @@ from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import read_json
 
-GENAI_CONFIG = "genai_config.json"
-
 # The KV cache is allocated for search.max_length tokens at once, so it is not the context of a 128k model.
 _MAX_LENGTH = 4096
 

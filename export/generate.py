@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from export.genai import generation_value
 from pruner.checkpoint import open_checkpoint
-from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
+from pruner.hub.source import fetch
 from pruner.model import LanguageModel, TorchLanguageModel
 from pruner.text import load_tokenizer
 

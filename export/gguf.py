@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.genai import generation_value
-from export.safetensors import disk_errors
 from export.staging import beside, check_space
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
 from pruner.checkpoint.load import load_tensor
+from pruner.dtypes import itemsize
 from pruner.errors import PruneAttnError
-from pruner.files import expand, read_json
-from pruner.llama import Decoder, itemsize
+from pruner.files import disk_errors, expand, read_json
+from pruner.llama import Decoder
 from pruner.nemotron_nas.dialect import rope_fields
 
 if TYPE_CHECKING:

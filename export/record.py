@@ -10,15 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from export.target import output_decoder
+from export.layout import output_decoder
 from pruner import __version__
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import read_json
 from pruner.llama import Decoder
-from pruner.plan import FORMAT, PLAN_FILE, PruningPlan, original_counts
+from pruner.names import CARD, PLAN_FILE
+from pruner.plan import FORMAT, PruningPlan, original_counts
 
-CARD = "README.md"
 # A person may edit the card, and export may write these two again; verify holds the graph against the shards instead.
 REWRITABLE = (CARD, "model.onnx", "genai_config.json")
 

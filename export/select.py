@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
+from pruner.hub.source import fetch
 from pruner.plan import FORMAT, PruningPlan
-from pruner.select import check_useful, selection
+from pruner.select.choose import selection
+from pruner.select.request import check_useful
 
 
 @dataclass(frozen=True)

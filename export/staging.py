@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from export import record
 from export._system import exchange
 from pruner.errors import MachineError, PruneAttnError
+from pruner.files import write_file
 
 # A staging directory is flocked while its process lives; one that is not is what a killed process left behind.
 _STAGING = re.compile(r"\.(?P<name>.+)\.prune-attn-(?P<kind>new|old)-[0-9a-f]{12}")
@@ -170,3 +172,40 @@ def check_space(output: Path, needed: int) -> None:
         raise MachineError(
             f"{output}: needs {needed:,} bytes and {ancestor} has {free:,} free; free some space or choose another disk"
         )
+
+
+def replace_files(directory: Path, files: dict[str, bytes]) -> None:
+    """Each file whole or as it was: written beside its place, then renamed. Others that do so meanwhile wait.
+
+    What a killed one left is removed first.
+    """
+    with _locked(directory):
+        _replace_files(directory, files)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    import fcntl
+
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
+    for path in directory.iterdir():
+        if record.LEFTOVER.fullmatch(path.name):  # a killed run's
+            path.unlink(missing_ok=True)
+    temporary = {name: directory / f".{name}.prune-attn-new-{secrets.token_hex(6)}" for name in files}
+    try:
+        for name, data in files.items():
+            write_file(temporary[name], data)
+        for name, path in temporary.items():
+            os.replace(path, directory / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

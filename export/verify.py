@@ -11,17 +11,17 @@ from typing import Any
 
 from export import record
 from export.companions import companions
-from export.genai import GENAI_CONFIG
-from export.onnx import GRAPH
-from export.safetensors import read_as
-from export.target import output_config, source_names
+from export.layout import output_config, source_names
+from export.shards import read_as
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
-from pruner.checkpoint.hub import HubModel, find, names_repository
+from pruner.dtypes import safetensors_dtype
 from pruner.errors import MachineError, PruneAttnError
 from pruner.files import expand
-from pruner.llama import Decoder, safetensors_dtype
+from pruner.hub.source import HubModel, find, names_repository
+from pruner.llama import Decoder
+from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
 from pruner.nemotron_nas import dialect
-from pruner.plan import PLAN_FILE, read_plan
+from pruner.plan_files import read_plan
 
 
 @dataclass

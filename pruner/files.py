@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pruner.errors import PruneAttnError, one_line, printable
+from pruner.errors import MachineError, PruneAttnError, one_line, printable
 
 JSON_BYTES = 16 << 20  # a model of 10,000 layers needs 12 MB of index or header; the 405B has 0.1 MB
 NESTING = 100
@@ -114,3 +114,36 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Write a small file and sync it to disk."""
+    with disk_errors(path), open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def replace_file(path: Path, data: bytes) -> Path:
+    """Write a small file in one step: a reader, or who comes after a kill, finds the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    write_file(new, data)
+    os.replace(new, path)
+    return path
+
+
+class disk_errors:  # noqa: N801, reads as a statement
+    """Turn an ``OSError`` of writing ``path`` into a ``MachineError`` that says what to do."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            cure = "the disk is full; free some space or choose another disk" if full else error.strerror or error
+            raise MachineError(f"{self.path}: cannot be written: {cure}") from error

@@ -12,6 +12,7 @@ import numpy as np
 
 from pruner.checkpoint import open_checkpoint
 from pruner.checkpoint.load import load_tensor
+from pruner.device import check_cuda
 from pruner.errors import PruneAttnError
 from pruner.nemotron_nas import dialect
 
@@ -188,14 +189,6 @@ class TorchLanguageModel:
                 logits_to_keep=1,
             )
         return out.logits[:, -1].float().cpu().numpy()
-
-
-def check_cuda() -> None:
-    """``PruneAttnError`` where PyTorch cannot run on CUDA."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise PruneAttnError("PyTorch finds no CUDA device here; use --device cpu")
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pruner.checkpoint import Checkpoint, Tensor
-from pruner.llama import SUBLAYERS, WEIGHT_DTYPES, Decoder, itemsize
+from pruner.dtypes import WEIGHT_DTYPES, itemsize
+from pruner.llama import SUBLAYERS, Decoder
 from pruner.plan import original_counts
 
 

@@ -430,7 +430,7 @@ def main() -> None:
         bandwidth = job("bandwidth")
         if "failed" in bandwidth:
             sys.exit("this needs a CUDA GPU and a PyTorch that sees it: " + bandwidth["failed"])
-        from export.report.facts import package_version
+        from export.validate.facts import package_version
 
         packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
         results: dict[str, Any] = {

@@ -16,8 +16,8 @@ from synthetic import SHAPES, make
 
 from pruner import open_checkpoint
 from pruner.model import TorchLanguageModel, inference
-from pruner.select import selection
-from pruner.select.job import how_many, windows
+from pruner.select.choose import selection
+from pruner.select.sampling import how_many, windows
 from pruner.text import load_tokenizer, read_text
 
 DATA = Path(__file__).parent.parent / "tests" / "data"

@@ -21,7 +21,7 @@ import numpy as np
 
 from pruner import open_checkpoint
 from pruner.select.evaluator import Evaluator
-from pruner.select.job import windows
+from pruner.select.sampling import windows
 from pruner.text import load_tokenizer, read_text
 
 ROOT = Path(__file__).parent.parent

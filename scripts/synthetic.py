@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pruner.llama import Decoder
+from pruner.checkpoint.config import read_decoder
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads
     "small": (1024, 2816, 12, 16, 16),
@@ -45,7 +45,7 @@ def make(
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    names = Decoder.from_config(config, directory / "config.json").tensors()
+    names = read_decoder(config, directory / "config.json").tensors()
     # else alphabetically, as the safetensors library writes
     for name in names if laid_out else sorted(names):
         nbytes = 2 * int(np.prod(names[name]))

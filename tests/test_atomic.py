@@ -18,8 +18,10 @@ import pytest
 from conftest import SHIPPED, tree
 from safetensors.numpy import save_file
 
-from export import convert, safetensors, staging, verify
+from export import convert, staging, verify
+from export import shards as safetensors
 from pruner import MachineError, PruneAttnError, open_checkpoint
+from pruner.checkpoint.config import read_decoder
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {"hidden_size": 1024, "head_dim": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     config |= {"intermediate_size": 2816, "vocab_size": 1000, "num_hidden_layers": 10}
     (directory / "config.json").write_text(json.dumps(config))
-    from pruner.llama import Decoder
 
     rng = np.random.default_rng(0)
-    names = Decoder.from_config(config, directory).tensors()
+    names = read_decoder(config, directory).tensors()
     shards: list[dict[str, np.ndarray]] = [{}, {}, {}]
     for i, (name, shape) in enumerate(names.items()):
         shards[i * 3 // len(names)][name] = rng.integers(0, 1 << 15, shape, dtype=np.uint16).view(np.float16)

@@ -47,14 +47,14 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> None:
     """``export.report.card`` by its signatures."""
-    module = types.ModuleType("export.report.card")
+    module = types.ModuleType("export.report.for_card")
     module.card_section = lambda results: f"| perplexity | {results['perplexity']} |\n"
     row = dict(task_type="text-generation", task_name="Text Generation", dataset_type="text", dataset_name="Austen")
     module.eval_results = lambda results: [
         row | dict(metric_type="perplexity", metric_name="perplexity", metric_value=results["perplexity"])
     ]
     monkeypatch.setitem(sys.modules, "export.report", types.ModuleType("export.report"))
-    monkeypatch.setitem(sys.modules, "export.report.card", module)
+    monkeypatch.setitem(sys.modules, "export.report.for_card", module)
 
 
 def test_metadata(tmp_path):

@@ -19,7 +19,7 @@ import onnxruntime
 import pytest
 
 from export import convert, export
-from export.onnx import GRAPH
+from pruner.names import GRAPH
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 SHAPES = {"mask.width", "total_sequence_length"}  # what stays on the host, where shapes lie

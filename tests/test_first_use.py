@@ -13,10 +13,10 @@ from conftest import SHIPPED, TEXT
 
 from export import convert, export, push, verify
 from export.gguf import write_gguf
-from export.report.write import report
+from export.report.compare import report
 from export.select import select
 from export.sweep import sweep
-from export.validate import validate
+from export.validate.run import validate
 from pruner.errors import PruneAttnError
 from pruner.plan import parse_drop
 from pruner.summary import inspect

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from sentencepiece import SentencePieceProcessor
 
 from export import convert
-from export.cli import cli
+from export.cli.main import cli
 from export.gguf import write_gguf
 from pruner.errors import PruneAttnError
 

@@ -84,7 +84,7 @@ def test_a_directory_with_a_hostile_name(cli, tmp_path):
 
 
 def test_what_a_model_says_cannot_move_the_cursor(monkeypatch, capsys):
-    from export import cli
+    from export.cli import main as cli
 
     cli._write_text("as\x1bit\tis\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

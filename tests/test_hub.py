@@ -22,7 +22,7 @@ from hub_server import Fault, HubServer, Repo, sha256
 from export import convert
 from export.generate import generate
 from pruner import PruneAttnError
-from pruner.checkpoint.hub import is_hub_id
+from pruner.hub.source import is_hub_id
 
 TOKEN = "hf_writerWRITERwriter"
 FILES = {file.name: file.read_bytes() for file in SHIPPED.iterdir()}
@@ -277,7 +277,7 @@ def test_only_what_is_needed_is_fetched(hub, run, environment):
     hub.add("own/bin", others | dict.fromkeys(names, b"x") | {"pytorch_model.bin.index.json": index})
     meta = {"consolidated.00.pth": b"x", "consolidated.01.pth": b"x", "params.json": b"{}", "tokenizer.model": b"x"}
     hub.add("own/meta", meta | {"checklist.chk": b"x"})
-    code = "import sys; from pruner.checkpoint.hub import fetch; print(*(p.name for p in fetch(sys.argv[1]).iterdir()))"
+    code = "import sys; from pruner.hub.source import fetch; print(*(p.name for p in fetch(sys.argv[1]).iterdir()))"
     for repo_id, expected in (
         ("own/bin", [*others, *names[:2], "pytorch_model.bin.index.json"]),
         ("own/meta", list(meta)),

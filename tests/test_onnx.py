@@ -17,11 +17,12 @@ from conftest import edit_config, hub_snapshot
 
 from export import convert, export, verify
 from export.generate import generate
-from export.onnx import GRAPH
 from export.onnx.runtime import open_on_cuda
 from export.onnx.session import OnnxSession
 from pruner import PruneAttnError, open_checkpoint
+from pruner.checkpoint.config import read_decoder
 from pruner.model import TorchLanguageModel
+from pruner.names import GRAPH
 from pruner.text import load_tokenizer
 
 MODEL = Path(__file__).parent / "data" / "gutenberg-llama-5m"
@@ -640,7 +641,6 @@ def test_cuda_is_not_taken_for_granted(tmp_path):
     ],
 )
 def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capability, kv_heads, users, seen):
-    from pruner.llama import Decoder
 
     names = ("ORT_ENABLE_XQA", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -661,7 +661,7 @@ def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capa
     heads = {"num_attention_heads": 8, "num_key_value_heads": kv_heads}
     config = json.loads((MODEL / "config.json").read_bytes()) | heads
     with pytest.raises(PruneAttnError, match="no GPU in this test"):
-        open_on_cuda(MODEL / GRAPH, Decoder.from_config(config, MODEL / "config.json"), capability)
+        open_on_cuda(MODEL / GRAPH, read_decoder(config, MODEL / "config.json"), capability)
     assert found == [seen]
     assert environment() == users
 

@@ -10,7 +10,9 @@ from conftest import SHIPPED, edit_config
 
 from export import convert
 from pruner import PruneAttnError, open_checkpoint
-from pruner.plan import parse_drop, parse_layers, plan_drop, read_plan
+from pruner.plan import parse_drop, parse_layers
+from pruner.plan_files import read_plan
+from pruner.select.positional import plan_drop
 
 
 @pytest.mark.parametrize(

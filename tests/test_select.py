@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from export import convert
 from export.select import select as save_selection
 from pruner import PruneAttnError, open_checkpoint
-from pruner.plan import PruningPlan, read_plan
-from pruner.select import select, selection
+from pruner.plan import PruningPlan
+from pruner.plan_files import read_plan
+from pruner.select.choose import select, selection
 from pruner.select.evaluator import Evaluator
 from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
-from pruner.select.job import windows
+from pruner.select.sampling import windows
 from pruner.select.search import search
 from pruner.text import load_tokenizer, read_text
 
@@ -206,7 +207,7 @@ def test_sets_that_are_not_nested(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pruner.select import selection
+from pruner.select.choose import selection
 partial = Path(sys.argv[3])
 def progress(done, total, status):
     if partial.exists() and status.startswith("2 dropped"):

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from export.convert import convert
-from export.report.card import card_section, eval_results
-from export.report.parts import FOLDER
-from export.report.write import report
-from export.validate import validate
+from export.report.compare import report
+from export.report.for_card import card_section, eval_results
+from export.validate.parts import FOLDER
+from export.validate.run import validate
 from pruner.errors import PruneAttnError
 from pruner.evaluate import agreement, bootstrap
 from pruner.model import TorchLanguageModel
@@ -196,7 +196,7 @@ def test_the_card(pair):
 
 
 def test_a_limit_without_a_value_is_broken(pair):
-    from export.report.gates import Limits, check
+    from export.validate.limits import Limits, check
 
     results = pair[2].results | {"tasks": {"torch": {"average_ratio": None}}}
     (gate,) = check(Limits(min_task_average_ratio=0.9), results)
@@ -208,7 +208,7 @@ def test_a_limit_without_a_value_is_broken(pair):
 
 
 def test_an_original_that_is_not_finite_is_named():
-    from export.report.same import compare_torch
+    from export.validate.function import compare_torch
 
     class Model:
         vocab_size = 3

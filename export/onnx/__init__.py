@@ -1,13 +1,11 @@
 """ONNX: a graph whose weights are the ``.safetensors`` bytes beside it, and a session that runs it.
 
-graph.py builds ``model.onnx``; weights.py turns byte ranges of shards into initializers; rope.py has the rotary
+graph.py builds ``model.onnx``; initializers.py turns byte ranges of shards into initializers; rope.py has the rotary
 frequencies; staleness.py says whether graph and shards still belong together; runtime.py opens it on a device and
 session.py runs it.
 """
 
 from dataclasses import dataclass
-
-GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True)

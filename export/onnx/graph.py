@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.onnx import GraphOptions, weights
+from export.onnx import GraphOptions, initializers
 from export.onnx.rope import inverse_frequencies
 from pruner import __version__
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
-from pruner.llama import WEIGHT_DTYPES
 
 _MICROSOFT = "com.microsoft"
 _OPSETS = (("", 23), (_MICROSOFT, 1))
@@ -49,7 +49,7 @@ def build_graph(
             f"{checkpoint.path}: its weights are {' and '.join(names)}, and ONNX Runtime wants one dtype; "
             f"convert it with --dtype {names[0] if names[0] != 'float64' else 'float32'}"
         )
-    if checkpoint.dtypes[0] not in weights.ELEMENT_TYPES:
+    if checkpoint.dtypes[0] not in initializers.ELEMENT_TYPES:
         raise PruneAttnError(f"{checkpoint.path}: its weights are float64; convert it with --dtype float32")
     if (activation := checkpoint.config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise PruneAttnError(f"{path}: hidden_act {activation!r} has no ONNX graph; only silu has")
@@ -85,7 +85,7 @@ class _Builder:
 
     def __init__(self, checkpoint: Checkpoint, context: int) -> None:
         self.checkpoint, self.decoder, self.context = checkpoint, checkpoint.decoder, context
-        self.element = weights.ELEMENT_TYPES[checkpoint.dtypes[0]]
+        self.element = initializers.ELEMENT_TYPES[checkpoint.dtypes[0]]
         self.epsilon = float(checkpoint.config.get("rms_norm_eps", 1e-6))
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
@@ -103,7 +103,7 @@ class _Builder:
         return name
 
     def weight(self, name: str, tensors: Sequence[Tensor]) -> str:
-        self.initializers.setdefault(name, weights.initializer(name, tensors))
+        self.initializers.setdefault(name, initializers.initializer(name, tensors))
         return name
 
     def tensor(self, name: str) -> str:
@@ -136,7 +136,7 @@ class _Builder:
         d, p, have = self.decoder, f"model.layers.{layer}.self_attn", self.checkpoint.tensors
         parts = [f"{p}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
         kinds = ("weight", "bias") if d.attention_bias else ("weight",)
-        if all(weights.adjacent([have[f"{part}.{kind}"] for part in parts]) for kind in kinds):
+        if all(initializers.adjacent([have[f"{part}.{kind}"] for part in parts]) for kind in kinds):
             qkv = [self.linear(x, f"{p}.qkv_proj", parts), "", ""]
         else:  # somebody's save_pretrained laid them apart
             qkv = [self.linear(x, part) for part in parts]

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from export.onnx import GRAPH, GraphOptions
+from export.onnx import GraphOptions
 from export.onnx.runtime import open_runtime
 from export.onnx.staleness import check_fresh, graph_options, read_graph
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import MachineError, PruneAttnError, one_line
-from pruner.llama import WEIGHT_DTYPES, Decoder
+from pruner.llama import Decoder
 from pruner.model import Logits
+from pruner.names import GRAPH
 
 # ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 to 70 ms, where on an
 # H200 the prefill of 600 tokens takes 17. Prompts are padded to multiples of this, so that plans are met again.

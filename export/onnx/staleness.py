@@ -14,14 +14,14 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from export.genai import GENAI_CONFIG, genai_config
-from export.onnx import GRAPH, GraphOptions
+from export.genai import genai_config
+from export.onnx import GraphOptions
 from export.onnx.graph import OPTIONS, SHARDS, VERSION, build_graph
 from export.onnx.rope import inverse_frequencies
 from pruner.checkpoint import CONFIG, Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import parse_json, read_json
-from pruner.plan import PLAN_FILE
+from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
 
 
 class DamagedGraphError(PruneAttnError):

@@ -19,12 +19,14 @@ from export.sweep.progress import Kept, kept, write_whole
 from export.sweep.table import to_csv, to_markdown
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.checkpoint.hub import fetch
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
+from pruner.hub.source import fetch
 from pruner.llama import SUBLAYERS
-from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant, read_plan
-from pruner.select import POSITIONAL, STRATEGIES, select
+from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant
+from pruner.plan_files import read_plan
+from pruner.select.choose import select
+from pruner.select.request import POSITIONAL, STRATEGIES
 from pruner.summary import totals
 
 FORMAT = "prune-attn sweep"
@@ -189,7 +191,7 @@ def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str,
     """What it runs on: the device and the dtype that are taken, and what the record says of both."""
     import torch
 
-    from pruner.model import check_cuda
+    from pruner.device import check_cuda
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.safetensors import replace_file
 from pruner.errors import PruneAttnError
-from pruner.files import read_json
+from pruner.files import read_json, replace_file
 
 STATE = "progress.json"
 

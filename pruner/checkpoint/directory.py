@@ -9,19 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pruner.checkpoint.config import UNQUANTISED, check_not_quantised, check_tensors, read_decoder
 from pruner.checkpoint.header import GGML, read_shard
 from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Shard, Tensor
 from pruner.errors import PruneAttnError
 from pruner.files import expand, parse_json, read_bounded, read_json
-from pruner.llama import UNQUANTISED, Decoder, check_not_quantised, check_tensors
+from pruner.llama import Decoder
+from pruner.names import CONFIG, INDEX, PYTORCH, PYTORCH_INDEX, WEIGHTS
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PYTORCH = "pytorch_model.bin"
-PYTORCH_INDEX = "pytorch_model.bin.index.json"
 _CONFIG_BYTES = 4 << 20  # a pruned model of 10,000 layers has 3 MB
 
 
@@ -205,7 +202,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(directory, config, digest, shards, decoder, tensors, meta=True)
     config, digest = read_config(directory)
     check_not_quantised(config, directory / CONFIG)
-    decoder = Decoder.from_config(config, directory / CONFIG)
+    decoder = read_decoder(config, directory / CONFIG)
     if weights is None:
         raise PruneAttnError(
             f"{directory}: is not a checkpoint, it has no {WEIGHTS}, {INDEX} or {PYTORCH}; {_instead(directory)}"

@@ -12,10 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pruner.checkpoint.tensor import DTYPE_BYTES, Shard, Tensor
+from pruner.checkpoint.config import UNQUANTISED
+from pruner.checkpoint.tensor import Shard, Tensor
+from pruner.dtypes import DTYPE_BYTES
 from pruner.errors import PruneAttnError
 from pruner.files import JSON_BYTES, open_regular, parse_json
-from pruner.llama import UNQUANTISED
 
 GGML = (b"GGUF", b"lmgg", b"tjgg", b"fmgg")
 LONGEST_NAME = 500

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pruner.checkpoint.tensor import OpenFiles, Tensor, read_blocks
-from pruner.llama import WEIGHT_DTYPES
+from pruner.dtypes import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pruner.checkpoint.config import read_decoder
 from pruner.checkpoint.meta_files import check_tokenizer
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import Piece, Shard, Tensor, gathered
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
-from pruner.llama import WEIGHT_DTYPES, Decoder
+from pruner.llama import Decoder
 
 PARAMS = "params.json"
 PART = re.compile(r"consolidated\.(\d{2})\.pth")
@@ -67,7 +69,7 @@ def read_meta(directory: Path, params: Any) -> tuple[dict[str, Any], tuple[Shard
         )
     check_tokenizer(directory, vocabulary)
     config = _config(params, vocabulary, shards[0].tensors["output.weight"].dtype)
-    decoder = Decoder.from_config(config, path)
+    decoder = read_decoder(config, path)
     return config, shards, decoder, _join(decoder, shards, path)
 
 

@@ -19,10 +19,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+from pruner.checkpoint.config import UNQUANTISED
 from pruner.checkpoint.header import GGML, LONGEST_NAME, open_shard
-from pruner.checkpoint.tensor import DTYPE_BYTES, Piece, Shard, Tensor, gathered
+from pruner.checkpoint.tensor import Piece, Shard, Tensor, gathered
+from pruner.dtypes import DTYPE_BYTES
 from pruner.errors import PruneAttnError
-from pruner.llama import UNQUANTISED
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",

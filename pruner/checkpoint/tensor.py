@@ -9,16 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pruner.dtypes import DTYPE_BYTES
 from pruner.errors import PruneAttnError
 
 if TYPE_CHECKING:
     import numpy as np
-
-# Whole-byte dtypes of safetensors. The ones that a Llama's weights can have are in pruner.llama.
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
 
 _BLOCK = 8 << 20  # bytes read at a time
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.load import load_tensor
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import MachineError
-from pruner.llama import WEIGHT_DTYPES
 from pruner.select.memory import Room, room
-from pruner.select.search import Dropped, check_objective
+from pruner.select.request import check_objective
+from pruner.select.search import Dropped
 
 if TYPE_CHECKING:
     import torch

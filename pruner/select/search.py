@@ -12,20 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pruner.errors import PruneAttnError
-
 if TYPE_CHECKING:
     import numpy as np
 
-OBJECTIVES = ("kl", "ce")
 Dropped = frozenset[int]
 Losses = Callable[[Sequence[Dropped], int], "np.ndarray"]  # each set's loss on each of the first so many samples
-
-
-def check_objective(objective: str) -> None:
-    """``PruneAttnError`` for one that there is not."""
-    if objective not in OBJECTIVES:
-        raise PruneAttnError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
 
 
 @dataclass

@@ -17,9 +17,10 @@ from typing import Any
 
 from export._system import reserve, start_writeback
 from pruner.checkpoint import INDEX, OpenFiles, Tensor, read_blocks
-from pruner.checkpoint.directory import WEIGHTS
-from pruner.errors import MachineError, PruneAttnError
-from pruner.llama import WEIGHT_DTYPES, itemsize
+from pruner.dtypes import WEIGHT_DTYPES, itemsize
+from pruner.errors import PruneAttnError
+from pruner.files import disk_errors, write_file
+from pruner.names import WEIGHTS
 from pruner.nemotron_nas import dialect
 
 DATA_ALIGNMENT = 4096
@@ -140,39 +141,6 @@ def write_shards(directory: Path, shards: list[OutputShard], progress: Progress 
     if shards[0].file != WEIGHTS:
         written.append(write_file(directory / INDEX, index_json(shards)))
     return written
-
-
-def write_file(path: Path, data: bytes) -> Path:
-    """Write a small file and sync it to disk."""
-    with disk_errors(path), open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return path
-
-
-def replace_file(path: Path, data: bytes) -> Path:
-    """Write a small file in one step: a reader, or who comes after a kill, finds the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    write_file(new, data)
-    os.replace(new, path)
-    return path
-
-
-class disk_errors:  # noqa: N801, reads as a statement
-    """Turn an ``OSError`` of writing ``path`` into a ``MachineError`` that says what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            cure = "the disk is full; free some space or choose another disk" if full else error.strerror or error
-            raise MachineError(f"{self.path}: cannot be written: {cure}") from error
 
 
 def _steps(entries: Iterable[Entry]) -> Iterator[tuple[Path, int, int] | Entry]:

@@ -17,22 +17,23 @@ import numpy as np
 
 from export import record
 from export.card import update_card
-from export.footprint import footprint, open_model
-from export.onnx import GRAPH
-from export.report import FORMAT, RESULTS, VERSION, same
-from export.report.facts import environment, identity, model_facts, package_version, pruning_facts
-from export.report.gates import Limits, check
-from export.report.graphs import Graphs
-from export.report.parts import FOLDER, Parts
+from export.report import FORMAT, RESULTS, VERSION
+from export.validate import function as same
+from export.validate.facts import environment, identity, model_facts, package_version, pruning_facts
+from export.validate.footprint import footprint, open_model
+from export.validate.graphs import Graphs
+from export.validate.limits import Limits, check
+from export.validate.parts import FOLDER, Parts
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.checkpoint.hub import fetch
+from pruner.device import pick_device
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
 from pruner.files import expand
-from pruner.llama import WEIGHT_DTYPES
-from pruner.model import check_cuda
+from pruner.hub.source import fetch
+from pruner.names import GRAPH
 from pruner.text import Text, load_tokenizer, read_text
 
 PARTS = ("same-function", "accuracy", "tasks", "latency")
@@ -120,7 +121,7 @@ def validate(
 
 def brief() -> dict[str, Any]:
     """The options of ``convert --validate``: on a CPU a few minutes' worth for a small model, else the defaults."""
-    if _device("auto") == "cuda":
+    if pick_device("auto") == "cuda":
         return {}
     return {"max_tokens": 4096, "batch": "1", "new_tokens": 16, "repeats": 5, "seconds": 3}
 
@@ -151,7 +152,7 @@ class _Run:
         self.parts_wanted = self._parts(text)
         self.output = output or pruned.path / "report"
         _check_output(self.output, original.path)
-        self.device = _device(options["device"])
+        self.device = pick_device(options["device"])
         self.dtypes = self._dtypes()
         self.backends = self._backends()
         self.context = min(int(c.config.get("max_position_embeddings") or 2048) for c in self.checkpoints.values())
@@ -658,16 +659,6 @@ def _why(function: dict[str, Any]) -> Iterator[str]:
             size = "are not finite" if facts["relative_error"] is None else f"are off by {facts['relative_error']:.1e}"
             who = "the pruned model's" if part == "torch" else "model.onnx's"
             yield f"{who} logits {size} against {what}; convert again"
-
-
-def _device(asked: str) -> str:
-    if asked not in ("auto", "cpu", "cuda"):
-        raise PruneAttnError(f"unknown device {asked!r}; choose auto, cpu or cuda")
-    import torch
-
-    if asked == "cuda":
-        check_cuda()
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _choices(text: str, known: Sequence[str], option: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from export.report.content import Table, glance_rows, task_rows
-from export.report.write import markdown_table
+from export.report.render import markdown_table
 
 
 def card_section(results: dict[str, Any]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from export.companions import companions, tokenizer_class
-from export.safetensors import Entry
+from export.shards import Entry
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor
-from pruner.llama import WEIGHT_DTYPES, Decoder
+from pruner.dtypes import WEIGHT_DTYPES
+from pruner.errors import PruneAttnError
+from pruner.llama import Decoder
 from pruner.nemotron_nas import dialect
 
 
@@ -42,3 +46,20 @@ def output_config(checkpoint: Checkpoint, result: Decoder, dtype: str | None) ->
         if name:
             config["tokenizer_class"] = name
     return config
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` (10^9 bytes), ``500MB``, ``2GiB`` (2^30) or a number of bytes, to bytes."""
+    match = re.fullmatch(r"\s*(\d{1,15})(?:\.(\d{1,9}))?\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match:
+        base = 1024 if match[4] else 1000
+        size = int(float(f"{match[1]}.{match[2] or 0}") * base ** " KMGT".index(match[3].upper() or " "))
+        if size > 0:
+            return size
+    raise PruneAttnError(f"--max-shard-size {text!r} is not a size; write for example 5GB or 500MB")
+
+
+def _as(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """A checkpoint as if its weights were in another dtype, for what asks only that."""
+    tensors = {name: replace(tensor, dtype=dtype) for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors)

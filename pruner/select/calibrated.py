@@ -3,125 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
-from pruner.select.exhaustive import check_few, exhaustive, layer_evaluations, subsets
-from pruner.select.positional import POSITIONAL
-from pruner.select.search import Found, check_objective, expected_work, extend, order_of, search
+from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
+from pruner.select.request import check_objective
+from pruner.select.sampling import how_many, windows
+from pruner.select.search import Found, expected_work, extend, search
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pruner.checkpoint import Checkpoint
     from pruner.plan import PruningPlan
-    from pruner.text import Text
 
-CALIBRATED = ("similarity", "search", "exhaustive")
-SAMPLES, LENGTH = 64, 2048  # by the study in docs/selection.md
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
 _MOST_KEPT = 1 << 30  # bytes; a long search keeps every figure
 
 Progress = Callable[[float, float, str], None]  # done, in all (estimated), what is known so far
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A plan, and what making it took: seconds, layer evaluations, tokens a second, peak memory (GPU, bytes)."""
-
-    plan: PruningPlan
-    cost: dict[str, Any]
-
-
-def check_useful(options: Mapping[str, Any], given: Callable[[str], bool] | None = None) -> None:
-    """``PruneAttnError`` for what would have no effect, as nothing is chosen by a text; options of ``selection``.
-
-    ``given``: whether a name was said, where its value cannot tell (a default on the command line).
-    """
-    given = given or (lambda name: options.get(name) not in (None, 0, "cpu"))
-    strategy, text = options.get("strategy"), options.get("text")
-    if strategy in POSITIONAL and text is not None:
-        raise PruneAttnError(f"--strategy {strategy} looks at no text; leave --text out, or choose another")
-    for name in ("samples", "length", "seed", "device", "objective", "resume"):
-        if text is None and given(name):
-            raise PruneAttnError(f"--{name} is for choosing by a text, and none is; add --text, or leave it out")
-
-
-def select(source: str | os.PathLike[str] | Checkpoint, **options: Any) -> PruningPlan:
-    """The plan of ``selection``, which see for the options."""
-    return selection(source, **options).plan
-
-
-def selection(
-    source: str | os.PathLike[str] | Checkpoint,
-    *,
-    drop: str | int,
-    sublayer: str = "attention",
-    strategy: str | None = None,
-    text: str | os.PathLike[str] | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    objective: str | None = None,
-    allow_first_layer: bool = False,
-    allow_all: bool = False,
-    partial: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Selection:
-    """Choose ``drop`` (a count, or a percentage of the original's) of ``sublayer``; the plan's order names them all.
-
-    ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
-    The last two minimise ``objective``: kl (default: on unseen text it chose better than ce with up to 2,048
-    calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/selection.md), or ce.
-    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed``
-    says where in its part of the text each window lies. ``partial`` is a file that keeps what has been computed; with
-    ``resume`` an interrupted run goes on from it to the same plan (remove it when the plan is safe). ``say`` gets lines
-    about what will be done and how long it takes. Raises ``PruneAttnError`` for bad input and ``MachineError``.
-    """
-    from pruner.checkpoint import Checkpoint, open_checkpoint
-    from pruner.plan import candidates_for, plan_drop
-
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    strategy = strategy or ("last" if text is None else "search")
-    allowed = {"allow_first_layer": allow_first_layer, "allow_all": allow_all}
-    if strategy in POSITIONAL:
-        return Selection(plan_drop(checkpoint, str(drop), sublayer, strategy, **allowed), {})
-    count, candidates = candidates_for(checkpoint, str(drop), sublayer, strategy, **allowed)
-    if text is None:
-        raise PruneAttnError(f"--strategy {strategy} chooses by what a text costs; give one with --text")
-    if strategy == "exhaustive":
-        check_few(len(candidates), count)
-    started = time.monotonic()
-    job = _Job(
-        checkpoint,
-        sublayer,
-        strategy,
-        objective or "kl",
-        device,
-        seed,
-        partial,
-        resume,
-        progress,
-        say,
-    )
-    job.prepare(text, samples, length)
-    if strategy == "similarity":
-        order, found = job.by_similarity(candidates), None
-    else:
-        found = job.by_loss(candidates, count)
-        order = order_of(found, count)
-    plan = job.plan(order, found, count, str(drop))
-    return Selection(plan, job.cost(time.monotonic() - started))
 
 
 class _Job:
@@ -160,7 +65,7 @@ class _Job:
 
     def prepare(self, path: str | os.PathLike[str], samples: int | None, length: int | None) -> None:
         """Read the text and the partial plan, open the model, say what will be done, run the original."""
-        from pruner.model import check_cuda
+        from pruner.device import check_cuda
         from pruner.select.evaluator import Evaluator
         from pruner.text import load_tokenizer, read_text
 
@@ -336,44 +241,6 @@ class _Job:
                 f"{self.partial}: was made with another {differs[0]}; give the same options, or remove it"
             )
         return state
-
-
-def how_many(
-    text: Text, context: int, samples: int | None, length: int | None, say: Callable[[str], None]
-) -> tuple[int, int]:
-    """Samples and length: those asked for where the text has them, else the defaults, or as many as there are."""
-    have = len(text.ids)
-    if length is None:
-        length = min(LENGTH, max(context // 2, 2))
-    elif not 2 <= length <= context:
-        raise PruneAttnError(f"--length {length}: must be 2 to {context}, the model's context")
-    if samples is None:
-        samples = min(SAMPLES, have // length)
-        if 0 < samples < SAMPLES:
-            say(f"{text.path} has room for {samples} samples only; {SAMPLES} choose better")
-    elif samples < 1:
-        raise PruneAttnError(f"--samples {samples}: must be at least 1")
-    if samples * length > have or samples == 0:
-        raise PruneAttnError(
-            f"{text.path}: is too short: {max(samples, 1)} samples of {length} tokens were wanted, and it has {have:,} "
-            "tokens in all; give a longer text, or fewer --samples or a smaller --length"
-        )
-    return samples, length
-
-
-def windows(ids: np.ndarray, samples: int, length: int, seed: int) -> np.ndarray:
-    """(samples, length): one window at a random place in each of as many equal parts of the text, without overlap.
-
-    Their order is such that the first few, too, are spread over the whole text.
-    """
-    import numpy as np
-
-    room = len(ids) / samples
-    places = np.random.default_rng(seed).random(samples)
-    starts = [int(i * room + places[i] * (room - length)) for i in range(samples)]
-    stride = max(1, math.isqrt(samples))
-    spread = [i for first in range(stride) for i in range(first, samples, stride)]
-    return np.stack([ids[starts[i] : starts[i] + length] for i in spread])
 
 
 def _duration(seconds: float) -> str:

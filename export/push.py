@@ -15,14 +15,15 @@ from typing import Any
 from export import record
 from export.card import load_card, name_repository
 from export.licence import licence_notes, llama_licence
-from export.safetensors import SHARD_NAME
+from export.shards import SHARD_NAME
 from export.verify import verify
 from pruner import __version__
-from pruner.checkpoint.hub import ask, beside, is_hub_id, quiet
 from pruner.errors import PruneAttnError
 from pruner.files import expand
+from pruner.hub.client import ask, beside, quiet
+from pruner.hub.source import is_hub_id
+from pruner.names import PLAN_FILE
 from pruner.nemotron_nas.dialect import CODE_FILES
-from pruner.plan import PLAN_FILE
 
 # What an earlier push may have left that this one does not replace: a loader would take it for part of this model.
 _OURS = re.compile(

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from export.safetensors import replace_file
 from pruner.errors import PruneAttnError
-from pruner.files import read_json
+from pruner.files import read_json, replace_file
 
 FOLDER = "unfinished"
 

@@ -46,7 +46,7 @@ def footprint(
     arguments = [backend, os.fspath(directory), device, dtype, batch, prompt, context]
     path = os.pathsep.join(filter(None, [str(Path(pruner.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "export.footprint", json.dumps(arguments)],
+        [sys.executable, "-m", "export.validate.footprint", json.dumps(arguments)],
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     if done.returncode:

@@ -11,11 +11,13 @@ import os
 import shutil
 from pathlib import Path
 
-from export.deliver import export, runtime_files
+from export.deliver import export
 from export.onnx import GraphOptions
-from export.onnx.weights import adjacent
-from export.safetensors import copy_range, write_file
+from export.onnx.initializers import adjacent
+from export.onnx.runtime_files import runtime_files
+from export.shards import copy_range
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.files import write_file
 
 _SUFFIX = ".safetensors"
 

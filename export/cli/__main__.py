@@ -1,0 +1,5 @@
+"""``python -m export.cli``."""
+
+from export.cli.main import main
+
+main()

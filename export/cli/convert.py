@@ -1,0 +1,105 @@
+"""``prune-attn convert``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from export.cli.bars import bytes_bar, choosing_bar
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, REVISION, given
+from export.cli.show import echo, format_bytes, make_table, print_json, show_push
+from export.cli.validate import run_validation
+from pruner.errors import PruneAttnError
+from pruner.select.request import POSITIONAL, check_useful
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--drop", metavar="N|P%", help="How many sublayers: a count, or a percentage of the original's.")
+@click.option("--layers", metavar="A-B,C", help="Drop these layers, numbered from 0 as they are in SOURCE.")
+@click.option("--plan", type=PATH, help="Drop what a saved plan says (ours, EvoPress's or LLM-Drop's).")
+@click.option(
+    "--sublayer", type=click.Choice(["attention", "mlp", "block"]), help="What to drop.  [default: attention]"
+)
+@CHOOSING
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Convert the weights.  [default: as they are]",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
+@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@click.option(
+    "--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards (briefly on a CPU)."
+)
+@click.option("--validation-text", type=PATH, help="What to measure on, where --text is what to choose by.")
+@click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
+@REVISION
+@CACHE
+@click.option("--push", metavar="OWNER/NAME", help="Then push OUTPUT to this Hub repository.")
+@JSON
+def convert(
+    source: str, output: str, as_json: bool, then_validate: bool, validation_text: str | None, **options: Any
+) -> None:
+    """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
+    from export.convert import convert
+
+    if then_validate:
+        if as_json or options["dry_run"]:
+            raise PruneAttnError(
+                "--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards"
+            )
+        chosen_by_text = options["strategy"] not in (None, *POSITIONAL)
+        if not chosen_by_text and validation_text is None:  # what is measured on must not be what was chosen by
+            validation_text, options["text"] = options["text"], None
+        if validation_text is not None:
+            from pruner.text import read_utf8
+
+            read_utf8(validation_text)  # known before hours of work
+    elif validation_text is not None:
+        raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
+    check_useful(options, given)
+    kept = None if options["dry_run"] else options["text"]
+    with choosing_bar(kept) as (choosing, say), bytes_bar("writing") as progress:
+        result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
+    if as_json:
+        print_json(result.to_json())
+        return
+    before, after = result.before, result.after
+    table = make_table("", "before", "after", "")
+    for label, key, show in (
+        ("attention sublayers", "attention_sublayers", str),
+        ("MLP sublayers", "mlp_sublayers", str),
+        ("parameters", "parameters", "{:,}".format),
+        ("weights", "bytes", format_bytes),
+        ("KV cache a token", "kv_cache_bytes_per_token", format_bytes),
+    ):
+        change = f"{100 * (after[key] / before[key] - 1):+.1f}%" if after[key] != before[key] else ""
+        table.add_row(label, show(before[key]), show(after[key]), change)
+    quoted_source, quoted_output = shlex.quote(source), shlex.quote(output)
+    dropped = [
+        f"{name} at {', '.join(map(str, layers))}"
+        for name, layers in (("attention", result.plan.attention), ("MLP", result.plan.mlp))
+        if layers
+    ]
+    verb = "would drop" if result.dry_run else "dropped"
+    following = (
+        "nothing was written; run it without --dry-run"
+        if result.dry_run
+        else f"next: prune-attn verify {quoted_output} --against {quoted_source}"
+        + (f" --revision {shlex.quote(options['revision'])}" if options["revision"] else "")
+        + (f" --cache-dir {shlex.quote(options['cache_dir'])}" if options["cache_dir"] else "")
+    )
+    echo(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), following)
+    for pushed in result.pushed:
+        show_push(pushed)
+    if then_validate:
+        from export.validate.run import brief
+
+        run_validation(str(result.source), output, False, {"text": validation_text, **brief()})

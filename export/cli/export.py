@@ -1,0 +1,69 @@
+"""``prune-attn export``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from export.cli.bars import bytes_bar
+from export.cli.options import CACHE, JSON, PATH, REVISION, given, takes_only
+from export.cli.show import echo, format_bytes, print_json, say
+from pruner.errors import PruneAttnError
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.argument("output", type=PATH, required=False)
+@click.option(
+    "--last-token-logits/--all-logits",
+    default=None,
+    help="Logits of each row's last token only, or of all.  [default: as model.onnx has it, else all]",
+)
+@click.option("--context", type=int, metavar="N", help="Tokens.  [default: as model.onnx has it, else the model's own]")
+@click.option("--accept-changes", is_flag=True, help="Shards were changed since the last export, and that was meant.")
+@click.option(
+    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Convert the weights; only into an OUTPUT."
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file there.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it; replace FILE.")
+@click.option("--gguf", type=PATH, metavar="FILE", help="Write a GGUF file for llama.cpp, and nothing else.")
+@REVISION
+@CACHE
+@JSON
+def export(directory: str, output: str | None, as_json: bool, gguf: str | None, **options: Any) -> None:
+    """Write model.onnx and genai_config.json: in place, or for any Llama into OUTPUT."""
+    if gguf is not None:
+        from export.gguf import write_gguf
+
+        takes_only("--gguf FILE", "directory", "gguf", "overwrite", "as_json")
+        with bytes_bar("writing") as progress:
+            written = write_gguf(directory, gguf, overwrite=options["overwrite"], progress=progress)
+        if as_json:
+            print_json(written)
+        else:
+            say(f"{gguf}: {format_bytes(written['bytes'])}; next: llama-completion -m {shlex.quote(gguf)}")
+        return
+    from export.deliver import export
+
+    if output is None and given("max_shard_size"):
+        raise PruneAttnError("--max-shard-size belongs to an export into an OUTPUT; name one, or leave it out")
+    with bytes_bar("writing") as progress:
+        result = export(directory, output, progress=progress, **options)
+    if as_json:
+        print_json(result.to_json())
+        return
+    from pruner.text import has_tokenizer
+
+    where = shlex.quote(str(result.path))
+    following = f'prune-attn generate {where} --prompt "Once upon a time"'
+    if not has_tokenizer(result.path):
+        following = f"copy the original's tokenizer files into {where}; nothing generates text without them"
+    packed = "" if result.packed == result.attention else f", {result.attention - result.packed} with q, k, v apart"
+    echo(
+        f"{result.path}: model.onnx ({format_bytes(result.graph_bytes)} over the .safetensors bytes) and "
+        f"genai_config.json, {result.attention} attentions{packed}, context {result.context}",
+        *(f"note: {note}" for note in result.notes),
+        f"next: {following}",
+    )

@@ -1,0 +1,41 @@
+"""``prune-attn generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from export.cli.bars import bytes_bar
+from export.cli.options import CACHE, JSON, PATH, REVISION
+from export.cli.show import print_json, write_text
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("--prompt", required=True, help="What to go on from.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most.")
+@click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@REVISION
+@CACHE
+@JSON
+def generate(directory: str, as_json: bool, revision: str | None, cache_dir: str | None, **options: Any) -> None:
+    """Go on from a prompt, greedily, and say how long it took."""
+    from export.generate import generate
+    from pruner.hub.source import fetch
+
+    with bytes_bar("fetching") as progress:  # closed before text comes
+        runtime = options["backend"] == "onnx"
+        directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
+    result = generate(directory, write=None if as_json else write_text, **options)
+    if as_json:
+        print_json(vars(result))
+        return
+    click.echo()
+    speed = f", {result.tokens_per_second:.1f} tokens/s" if result.tokens_per_second else ""
+    click.echo(
+        f"{result.backend} on {result.device}: prefill of {result.prompt_tokens} tokens {result.prefill_ms:.1f} ms"
+        f"{speed} ({len(result.tokens)} new)",
+        err=True,
+    )

@@ -1,0 +1,65 @@
+"""``prune-attn select``."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from export.cli.bars import choosing_bar
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, REVISION, given
+from export.cli.show import echo, make_table, print_json
+from pruner.select.request import check_useful
+
+
+@click.command()
+@click.argument("source", type=PATH)
+@click.option(
+    "--drop", metavar="N|P%", required=True, help="How many sublayers: a count, or a percentage of the original's."
+)
+@click.option("--sublayer", type=click.Choice(["attention", "mlp", "block"]), default="attention", show_default=True)
+@CHOOSING
+@click.option("-o", "--output", type=PATH, default="plan.json", show_default=True, help="Where the plan goes.")
+@click.option("--overwrite", is_flag=True, help="Replace the plan that lies there.")
+@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
+@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
+@REVISION
+@CACHE
+@JSON
+def select(source: str, output: str, as_json: bool, **options: Any) -> None:
+    """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
+    from export.select import select
+
+    check_useful(options, given)
+    with choosing_bar(options["text"]) as (progress, say):
+        result = select(source, output, progress=progress, say=say, **options)
+    if as_json:
+        print_json(result.to_json())
+        return
+    plan, facts = result.plan, result.plan.selection or {}
+    count = len({*plan.attention, *plan.mlp})
+    measure = facts.get("objective", "")
+    columns = [name for name in (measure, "perplexity") if facts and (name == measure or "perplexity" in facts)]
+    table = make_table("", "layer", *columns)
+    for i, layer in enumerate(plan.order):
+        shown = [f"{facts['scores'][i]:.4f}"] if columns else []
+        shown += [f"{facts['perplexity'][i]:.2f}"] if "perplexity" in facts else []
+        table.add_row(f"{i + 1}{' <' if i + 1 == count else ''}", str(layer), *shown)
+    lines = [f"{plan.sublayer} by {plan.strategy}, in the order in which they go; the first {count} (<) are asked for"]
+    if "perplexity" in facts:
+        lines[0] += (
+            f"; {measure} and perplexity with all up to there dropped (none: {facts['original_perplexity']:.2f})"
+        )
+    after = [
+        f"of {n}, better than the first {n}: {', '.join(map(str, layers))}" for n, layers in (plan.sets or {}).items()
+    ]
+    if result.cost:
+        after.append(
+            "{seconds:.1f} s, {layer_evaluations:,.0f} layer evaluations, {tokens_per_second:,.0f} tokens/s".format(
+                **result.cost
+            )
+        )
+    where = shlex.quote(str(result.path))
+    after.append(f"next: prune-attn convert {shlex.quote(source)} OUTPUT --plan {where}")
+    echo(*lines, table, *after)

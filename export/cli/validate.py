@@ -1,0 +1,93 @@
+"""``prune-attn validate``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from export.cli.bars import steps_bar
+from export.cli.options import JSON, PATH, given
+from export.cli.show import echo, make_table, print_json, say
+from pruner.errors import PruneAttnError
+
+_OF_PART = {
+    "accuracy": ("text", "window", "stride", "bos", "max_tokens"),
+    "tasks": ("tasks", "limit"),
+    "latency": ("batch", "prompt", "new_tokens", "repeats", "seconds", "compiled"),
+}
+
+
+@click.command()
+@click.argument("original", type=PATH)
+@click.argument("pruned", type=PATH)
+@click.option("--text", type=PATH, help="UTF-8 text that neither model has seen. Without it no accuracy is measured.")
+@click.option("-o", "--output", type=PATH, help="Where the report goes.  [default: PRUNED/report]")
+@click.option("--backend", metavar="B,B", help="torch, onnx.  [default: both, where PRUNED has a model.onnx]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", help="What PyTorch computes in.  [default: float32 on the CPU, as stored on CUDA]")
+@click.option("--only", metavar="P,P", help="same-function, accuracy, tasks, latency.  [default: all]")
+@click.option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N examples of each task.")
+@click.option(
+    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, at most 4096]"
+)
+@click.option("--stride", type=click.IntRange(1), metavar="N", help="Tokens between windows.  [default: half a window]")
+@click.option(
+    "--bos",
+    type=click.Choice(["once", "every", "none"]),
+    default="once",
+    show_default=True,
+    help="BOS before the text, before every window, or not at all.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Take only the text's first N tokens.")
+@click.option("--batch", metavar="N,N", default="1,8", show_default=True, help="Rows that are timed together.")
+@click.option("--prompt", metavar="N,N", help="Prompt lengths that are timed.  [default: 128,512,2048, what fits]")
+@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Timed after each prompt.")
+@click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="Times that each model is run.")
+@click.option("--seconds", type=float, default=60, show_default=True, help="After that long, 3 repeats are enough.")
+@click.option("--compiled/--no-compiled", default=None, help="Time transformers compiled too.  [default: on CUDA]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same accuracy.")
+@click.option("--work", type=PATH, metavar="DIR", help="Place for temporary graphs and weights.  [default: OUTPUT]")
+@click.option("--max-perplexity-increase", metavar="P%", help="Limit: exit with 3 where it is broken.")
+@click.option("--min-agreement", metavar="X", help="Limit: share of tokens with the same most likely one.")
+@click.option("--min-task-average-ratio", metavar="X", help="Limit: pruned over original.")
+@click.option("--min-decode-speedup", metavar="X", help="Limit: of each backend, over all batches and prompts.")
+@JSON
+def validate(original: str, pruned: str, as_json: bool, **options: Any) -> None:
+    """Measure PRUNED against ORIGINAL and write a report. Exits with 3 where a limit is broken.
+
+    A run that was stopped goes on where it was when it is started again. Exits with 1 where PRUNED is not ORIGINAL
+    without those sublayers.
+    """
+    only = options["only"]
+    for part, names in _OF_PART.items():
+        measured = part in only if only is not None else part == "latency" or options[names[0]]
+        for name in () if measured else filter(given, names):
+            raise PruneAttnError(f"--{name.replace('_', '-')} is for {part}, which is not asked for; leave it out")
+    run_validation(original, pruned, as_json, options)
+
+
+def run_validation(original: str, pruned: str, as_json: bool, options: dict[str, Any]) -> None:
+    from export.validate.run import validate
+
+    with steps_bar() as progress:
+        done = validate(original, pruned, progress=progress, **options)
+    if as_json:
+        print_json(done.results)
+    elif done.exit_code != 1:
+        from export.report.content import glance_rows
+
+        table = make_table("", "original", "pruned", "change")
+        for column in table.columns:
+            column.no_wrap = False
+        table.columns[1].no_wrap = True
+        for row in glance_rows(done.results):
+            table.add_row(*row)
+        notes = (f"note: {note}" for note in done.results["notes"])
+        echo(table, "in brackets: 95% intervals", *notes, f"the report lies in {done.output}/report.html")
+    for problem in done.problems:
+        say(problem, err=True)
+    if done.exit_code:
+        sys.exit(done.exit_code)

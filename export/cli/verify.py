@@ -1,0 +1,41 @@
+"""``prune-attn verify``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from export.cli.bars import bytes_bar
+from export.cli.options import CACHE, JSON, PATH
+from export.cli.show import print_json, say
+
+
+@click.command()
+@click.argument("output", type=PATH)
+@click.option("--against", type=PATH, metavar="SOURCE", help="Compare every kept tensor with SOURCE, byte for byte.")
+@click.option("--revision", metavar="REV", help="SOURCE's branch, tag or commit, on the Hub.  [default: main]")
+@click.option("--output-revision", metavar="REV", help="OUTPUT's, where it is on the Hub.  [default: main]")
+@CACHE
+@JSON
+def verify(output: str, against: str | None, as_json: bool, **options: Any) -> None:
+    """Check a directory that convert wrote. Exits with 1 where something is wrong.
+
+    OUTPUT and SOURCE are directories or Hub ids.
+    """
+    from export.verify import verify
+
+    with bytes_bar("comparing") as progress:
+        result = verify(output, against, progress=progress, **options)
+    if as_json:
+        print_json(result.to_json())
+    elif result.ok:
+        after = f" converted to {result.converted_to}" if result.converted_to else ""
+        compared = f"; {result.compared} tensors equal {against}'s{after}, byte for byte" if against else ""
+        say(f"{output}: ok{compared}")
+    else:
+        for problem in result.problems:
+            say(problem, err=True)
+    if not result.ok:
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""``validate``: a pruned directory measured against its original, part by part."""

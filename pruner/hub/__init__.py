@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: Hub ids as sources, and asking it."""

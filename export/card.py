@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from export import record
 from export.engines import SNIPPETS
 from export.licence import Licence, llama_licence
+from export.markdown import code, plain
 from export.staging import replace_files
-from pruner.errors import MachineError, PruneAttnError, one_line
-from pruner.files import expand
+from pruner.errors import MachineError, PruneAttnError, one_line, printable
+from pruner.files import expand, read_bounded
+from pruner.hub.source import is_hub_id
 from pruner.nemotron_nas.dialect import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -24,18 +26,45 @@ _RESULTS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _MODEL_ID = re.compile(r'^model_id = "[^"\n]*"', re.MULTILINE)
 _NOT_VALIDATED = "Not validated: accuracy and latency were not measured by prune-attn."
 
+_FRONT = re.compile(r"(\s*---\r?\n)(.*?)(\r?\n---[ \t]*(?:\r?\n|$))", re.DOTALL)  # a card's metadata, in YAML
+_CARD_BYTES, _FRONT_CHARACTERS = 4 << 20, 1 << 18  # YAML is read at 0.2 MB a second
 
-def read_card(directory: Path) -> dict[str, Any]:
-    """The metadata of a directory's ``README.md``; empty where there is none that can be read."""
+
+def read_card(directory: Path) -> dict[str, str | list[str]]:
+    """What a directory's ``README.md`` says of licence and language, as it is written there: a text, or texts.
+
+    Empty where there is none that can be read. YAML would make ``false`` of Norwegian and a date of a licence's name.
+    """
     import yaml
 
     try:
-        text = (directory / record.CARD).read_text("utf-8-sig")
-        block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
-        found = yaml.safe_load(block[1]) if block else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        block = _FRONT.match(_text(directory / record.CARD))
+        if block is None or len(block[2]) > _FRONT_CHARACTERS:
+            return {}
+        found = yaml.load(block[2], Loader=yaml.BaseLoader)
+    except (OSError, PruneAttnError, yaml.YAMLError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    texts = {key: _texts(found.get(key)) for key in _CARRIED} if isinstance(found, dict) else {}
+    return {key: value for key, value in texts.items() if value}
+
+
+_CARRIED = ("license", "license_name", "license_link", "language")
+
+
+def _texts(value: Any) -> str | list[str] | None:
+    """A text or a list of texts, of lengths that a licence or a language has; ``None`` for anything else."""
+    if isinstance(value, list):
+        return [text for item in value[:1000] if isinstance(item, str) and (text := _texts(item))]
+    sound = isinstance(value, str) and 0 < len(value.strip()) <= 400 and value.lower() not in ("~", "null")
+    return printable(value, 400) if sound else None
+
+
+def _text(card: Path) -> str:
+    """A card's text; ``PruneAttnError`` where it is missing, no regular file, no UTF-8, or larger than any card."""
+    try:
+        return read_bounded(card, _CARD_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise PruneAttnError(f"{card}: is not UTF-8 text; save it as UTF-8") from None
 
 
 def model_card(
@@ -54,12 +83,10 @@ def model_card(
     ``plan`` is the record, ``source`` the directory that licence and language are carried from; ``without`` are
     engines of ``SNIPPETS`` that do not load it, and ``engine_notes`` say why, and which others do not.
     """
-    name, commit = plan["source"]["name"], plan["source"].get("hub", {}).get("commit")
+    name = plan["source"]["name"]
     custom = config["model_type"] == MODEL_TYPE
     their_card = read_card(source)
     licence = llama_licence(source, their_card)
-    origin = f"[`{name}`](https://huggingface.co/{name}) at commit `{commit[:12]}`" if commit else f"`{name}`"
-    how = f"`{plan['strategy']}`" + (f" ({plan['requested']})" if plan["requested"] else "")
     rows = "\n".join(
         f"| {label} | {before[key]:,} | {after[key]:,} |"
         for label, key in (
@@ -70,7 +97,7 @@ def model_card(
             ("KV-cache bytes a token", "kv_cache_bytes_per_token"),
         )
     )
-    code = (
+    custom_code = (
         "The two `.py` files here are all the custom code there is: transformers' own Llama without the modules that\n"
         "`block_configs` drops."
         if custom
@@ -84,15 +111,15 @@ def model_card(
 {_metadata(plan, their_card, licence, onnx)}
 ---
 
-# {name.rsplit("/", 1)[-1]}, {changed}
+# {plain(name.rsplit("/", 1)[-1])}, {changed}
 
 {did} by prune-attn {plan["tool"]["version"]} from
-{origin}.
+{_origin(plan)}.
 The tensors that are left are the source's{f", converted to {plan['converted_to']}" if plan["converted_to"] else ""}.
 
 - attention removed at layers: {_numbers(attention)}
 - MLP removed at layers: {_numbers(mlp)}
-- chosen by: {how}, see `pruning_plan.json`
+- chosen by: {_how(plan)}, see `pruning_plan.json`{_before(plan)}
 
 `{_strip(plan, attention, mlp)}` (█ kept, ░ attention removed, ▒ MLP removed, · both; from layer 0)
 
@@ -110,13 +137,13 @@ The tensors that are left are the source's{f", converted to {plan['converted_to'
 
 {_loading(custom, without, engine_notes)}
 
-{code}
+{custom_code}
 
 ## Limits
 
 - Attention carries what is far back in a text: where some of it is removed, long contexts, copying and retrieval
   suffer first, and multiple-choice scores do not show it. Measure on your own texts.
-- It has the limits and biases of `{name}`, and has not been trained since anything was removed.
+- It has the limits and biases of {code(name)}, and has not been trained since anything was removed.
 
 ## Licence
 
@@ -144,6 +171,31 @@ def _gone(plan: dict[str, Any]) -> tuple[set[int], set[int]]:
     return set(range(layers)) - set(result["attention"]), set(range(layers)) - set(result["mlp"])
 
 
+def _origin(step: dict[str, Any]) -> str:
+    name, hub = step["source"]["name"], step["source"].get("hub")
+    if not hub or not is_hub_id(hub["repo_id"]):
+        return code(name)
+    return f"[{code(name)}](https://huggingface.co/{hub['repo_id']}) at commit {code(hub['commit'][:12])}"
+
+
+def _how(step: dict[str, Any]) -> str:
+    return code(step["strategy"], 40) + (f" ({plain(step['requested'], 80)})" if step["requested"] else "")
+
+
+def _before(plan: dict[str, Any]) -> str:
+    """A line for each time that it was pruned before, the first one first."""
+    lines = []
+    for number, step in enumerate(record.steps(plan)[:-1], 1):
+        went = [
+            f"{name} at layers {_numbers(set(step[kind]))}"
+            for kind, name in (("attention", "attention"), ("mlp", "MLP"))
+            if step[kind]
+        ]
+        lines.append(f"\n- step {number} before, from {_origin(step)}: {' and '.join(went) or 'nothing'} removed, "
+                     f"chosen by {_how(step)}")  # fmt: skip
+    return "".join(lines)
+
+
 def _numbers(layers: set[int]) -> str:
     return ", ".join(map(str, sorted(layers))) or "none"
 
@@ -155,20 +207,14 @@ def _strip(plan: dict[str, Any], attention: set[int], mlp: set[int]) -> str:
 def _metadata(plan: dict[str, Any], theirs: dict[str, Any], licence: Licence | None, onnx: bool) -> str:
     from huggingface_hub.repocard_data import ModelCardData
 
-    made_from: dict[str, Any] | None = plan
-    while made_from and "hub" not in made_from["source"]:  # a local copy of something that came from the Hub?
-        made_from = made_from.get("previous")
-    carried = {
-        key: value
-        for key in ("license", "license_name", "license_link", "language")
-        if isinstance(value := theirs.get(key), str) or (key == "language" and isinstance(value, list))
-    }
+    # a local copy of something that came from the Hub?
+    hub = next((step["source"]["hub"] for step in reversed(record.steps(plan)) if step["source"].get("hub")), None)
     return ModelCardData(
-        base_model=made_from["source"]["hub"]["repo_id"] if made_from else None,
+        base_model=hub["repo_id"] if hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[*(["pruned", "attention-pruning"] if any(_gone(plan)) else []), *(["onnx"] if onnx else [])],
-        **({"license": licence.key} if licence else {}) | carried,
+        **({"license": licence.key} if licence else {}) | theirs,
     ).to_yaml()
 
 
@@ -182,16 +228,16 @@ def _loading(custom: bool, without: set[str], engine_notes: list[str]) -> str:
     return "\n\n".join([*parts, *(f"Note: {note}." for note in engine_notes)])
 
 
-def _licence(theirs: dict[str, Any], licence: Licence | None, name: str) -> str:
+def _licence(theirs: dict[str, str | list[str]], licence: Licence | None, name: str) -> str:
     if licence is not None:
         return (
             f"{licence.notice}\n\nIts terms and its acceptable use policy go on to hold. Whoever passes this model on "
             f"does so with a copy of the licence and with this notice; the name {licence.name_rule}."
         )
     known = theirs.get("license_name") or theirs.get("license")
-    if not isinstance(known, str):
-        return f"That of `{name}`; its card here named none."
-    return f"As `{name}`: {' '.join(known.split())[:80]}."
+    if known is None:
+        return f"That of {code(name)}; its card here named none."
+    return f"As {code(name)}: {plain(known if isinstance(known, str) else ', '.join(known), 80)}."
 
 
 # -- a card that is there ----------------------------------------------------------------------------------------------
@@ -199,13 +245,20 @@ def _licence(theirs: dict[str, Any], licence: Licence | None, name: str) -> str:
 
 def load_card(directory: Path) -> ModelCard:
     """The directory's card by ``huggingface_hub``'s own class, which checks the metadata. ``PruneAttnError``."""
+    path = directory / record.CARD
+    if not os.path.lexists(path):
+        raise PruneAttnError(f"{path}: is missing; convert again, or write one")
+    return _check_card(_text(path), path)
+
+
+def _check_card(text: str, path: Path) -> ModelCard:
     from huggingface_hub import ModelCard
 
-    path = directory / record.CARD
     try:
-        return ModelCard(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise PruneAttnError(f"{path}: is missing; convert again, or write one") from None
+        block = _FRONT.match(text)
+        if block is not None and len(block[2]) > _FRONT_CHARACTERS:
+            raise ValueError(f"it has more than {_FRONT_CHARACTERS:,} characters")
+        return ModelCard(text)
     except Exception as error:  # YAML, and whatever its values are not
         reason = one_line(error, 160)
         raise PruneAttnError(f"{path}: its metadata is not what the Hub takes ({reason}); correct it") from None
@@ -216,22 +269,38 @@ def update_card(directory: str | os.PathLike[str], results: dict[str, Any]) -> N
 
     All else that is in the card stays as it is, a person's own words too. Raises ``PruneAttnError``.
     """
-    from huggingface_hub import EvalResult
-
     from export.report.for_card import card_section, eval_results
 
     directory = expand(directory)
-    card = load_card(directory)
+    load_card(directory)  # which checks it
+    text = _text(directory / record.CARD)
+    block = _FRONT.match(text)
+    begin, front, end = block.groups() if block else ("---\n", "", "\n---\n")
+    body = text[block.end() :] if block else text
     section = f"{_BEGIN}\n{card_section(results).strip()}\n{_END}"
-    if _RESULTS.search(card.text):
-        card.text = _RESULTS.sub(lambda _: section, card.text, count=1)
+    if _RESULTS.search(body):
+        body = _RESULTS.sub(lambda _: section, body, count=1)
     else:  # a card of a person's own making
-        card.text = f"{card.text.rstrip()}\n\n## Results\n\n{section}\n"
-    measured = [EvalResult(**row) for row in eval_results(results)]
-    card.data.eval_results = measured or None
-    title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
-    card.data.model_name = (title[1] if title else directory.name) if measured else None
-    replace_files(directory, {record.CARD: str(card).encode()})
+        body = f"{body.rstrip()}\n\n## Results\n\n{section}\n"
+    title = re.search(r"^# (.+)$", body, re.MULTILINE)
+    index = _model_index(title[1].strip() if title else directory.name, eval_results(results))
+    front = "\n".join(filter(None, [_MODEL_INDEX.sub("", f"{front}\n").rstrip(), index]))
+    card = f"{begin}{front}{end}{body}"
+    _check_card(card, directory / record.CARD)
+    replace_files(directory, {record.CARD: card.encode()})
+
+
+# with all lines that belong to it; a list may stand at its own depth
+_MODEL_INDEX = re.compile(r"^model-index[ \t]*:.*\n(?:(?:[ \t-].*)?\n)*", re.MULTILINE)
+
+
+def _model_index(name: str, rows: list[dict[str, Any]]) -> str:
+    """``model-index`` in YAML, which names the model; empty where nothing was measured."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import ModelCardData
+
+    measured = [EvalResult(**row) for row in rows]
+    return ModelCardData(model_name=name, eval_results=measured).to_yaml() if measured else ""
 
 
 def name_repository(directory: Path, repo_id: str) -> None:
@@ -240,7 +309,7 @@ def name_repository(directory: Path, repo_id: str) -> None:
     Where the directory cannot be written to, they stay as they are.
     """
     path = directory / record.CARD
-    text = path.read_text("utf-8")
+    text = _text(path)
     named = _MODEL_ID.sub(f'model_id = "{repo_id}"', text)
     named = re.sub(r"^hf download \S+ ", f"hf download {repo_id} ", named, flags=re.MULTILINE)
     with suppress(MachineError, PermissionError):

@@ -6,9 +6,11 @@ Sources: the licence texts' section 1.b (Llama 2, July 18, 2023: notice and copy
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pruner.files import open_regular
 
 NOTICE = "NOTICE.txt"
 
@@ -43,13 +45,19 @@ _NAMED = re.compile(r"\bllama[-_ ]?(2|3(?:\.[123])?)(?![.\d])", re.IGNORECASE)
 _TEXT = re.compile(r"\bLLAMA (2|3(?:\.[123])?) COMMUNITY LICENSE", re.IGNORECASE)
 
 
-def llama_licence(directory: Path, card: dict[str, Any]) -> Licence | None:
-    """Which of Meta's licences a directory is under, by its card's metadata, or else by the licence text in it."""
-    match = _NAMED.match(str(card.get("license"))) or _NAMED.match(str(card.get("license_name")))
-    if match is None and card.get("license") in (None, "other"):
+def llama_licence(directory: Path, card: Mapping[str, str | list[str]]) -> Licence | None:
+    """Which of Meta's licences a directory is under, by what its card says, or else by the licence text in it."""
+    named = [*_listed(card.get("license")), *_listed(card.get("license_name"))]
+    match = next(filter(None, map(_NAMED.match, named)), None)
+    if match is None and card.get("license", "other") == "other":
         for file in licence_files(directory):
-            match = match or _TEXT.search(file.read_text("utf-8", "replace")[:4096])
+            with open_regular(file) as text:
+                match = match or _TEXT.search(text.read(4096).decode("utf-8", "replace"))
     return _LICENCES[match[1]] if match else None
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
 
 
 def licence_files(directory: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from export import record
-from export.card import load_card, name_repository
+from export.card import load_card, name_repository, read_card
 from export.licence import licence_notes, llama_licence
 from export.shards import SHARD_NAME
 from export.verify import verify
@@ -97,7 +97,8 @@ def push(
     if problems:
         raise PruneAttnError(f"{directory}: is not pushed, for it does not verify: {problems[0]}")
     files = _files(directory)
-    licence = llama_licence(directory, load_card(directory).data.to_dict())
+    load_card(directory)  # which checks it
+    licence = llama_licence(directory, read_card(directory))
     notes = licence_notes(licence, directory, repo_id)
     if dry_run:
         return Push(repo_id, files, True, notes=notes)

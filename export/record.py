@@ -80,13 +80,32 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 def _well_formed(record: dict[str, Any]) -> bool:
     """Whether what this tool reads of a record has the types that it writes."""
-    files, source, dtype = record.get("files"), record.get("source"), record.get("converted_to")
-    layers = [record.get("attention"), record.get("mlp")]
+    files = record.get("files")
     return (
         isinstance(files, dict)
         and all(isinstance(fact, dict) and 0 < len(name) < 200 for name, fact in files.items())
-        and isinstance(source, dict)
-        and (dtype is None or dtype in ("float16", "bfloat16", "float32"))
+        and all(map(_is_step, steps(record)))
+    )
+
+
+def steps(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record and those, without files, of the prunings that went before it; the first one first."""
+    found = [record]
+    while isinstance(found[0], dict) and found[0].get("previous") is not None:
+        found.insert(0, found[0]["previous"])
+    return found
+
+
+def _is_step(step: Any) -> bool:
+    if not isinstance(step, dict) or not isinstance(source := step.get("source"), dict):
+        return False
+    hub = source.get("hub", {"repo_id": "", "commit": ""})
+    texts = [source.get("name"), step.get("strategy"), step.get("requested") or ""]
+    layers = [step.get("attention"), step.get("mlp")]
+    return (
+        isinstance(hub, dict)
+        and all(isinstance(text, str) for text in (*texts, hub.get("repo_id"), hub.get("commit")))
+        and step.get("converted_to") in (None, "float16", "bfloat16", "float32")
         and all(isinstance(x, list) and all(type(i) is int for i in x) for x in layers)
     )
 

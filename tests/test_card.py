@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -103,13 +106,131 @@ def test_what_went_before_and_where_nothing_goes(tmp_path):
 def test_without_anything_known(tmp_path, out):
     data = ModelCard((out / "README.md").read_text()).data.to_dict()
     assert set(data) == {"library_name", "pipeline_tag", "tags"}
-    for damaged in ("---\n: [\n---\n", "---\n- a\n---\n", "\xff", "---\nlicense: {a: b}\nlanguage: 5\n---\n", ""):
+    for damaged in (
+        "---\n: [\n---\n",
+        "---\n- a\n---\n",
+        "\xff",
+        "---\nlicense: {a: b}\nlanguage: [[]]\n---\n",
+        "",
+    ):
         source = snapshot(tmp_path / str(abs(hash(damaged))), card=damaged)
         convert(source, source / ".." / "out", drop=4, onnx=False)
         data = ModelCard((source / ".." / "out" / "README.md").read_text()).data.to_dict()
         assert set(data) == {"base_model", "library_name", "pipeline_tag", "tags"}
         assert "onnx" not in data["tags"]
         assert "ONNX" not in (source / ".." / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("license: mit\nlanguage: [en, no]", {"license": "mit", "language": ["en", "no"]}),
+        ("license: [mit, apache-2.0]\nlanguage: no", {"license": ["mit", "apache-2.0"], "language": "no"}),
+        ("license: on\nlicense_name: 2023-07-18\nlanguage:\n- yes\n- 12\n- 1.50\n- n", {
+            "license": "on", "license_name": "2023-07-18", "language": ["yes", "12", "1.50", "n"]}),
+        ("license: 0x1F\nlicense_link: 1.50\nlanguage: ~", {"license": "0x1F", "license_link": "1.50"}),
+        ("license: !!bool 'x'\nlanguage: !!timestamp x", {"license": "x", "language": "x"}),
+        ("license: [[mit]]\nlicense_name: {a: b}\nlanguage: [[en], fr, {a: b}, '']", {"language": ["fr"]}),
+        ('license: "\\ud800 \\e[31m"\nlanguage: ["\\ud800"]', {
+            "license": "\\ud800 \\x1b[31m", "language": ["\\ud800"]}),
+        ("license: " + 1000 * "x", {}),
+    ],
+)  # fmt: skip
+def test_what_is_carried_is_text(tmp_path, written, read):
+    source = snapshot(tmp_path, card=f"---\n{written}\n---\n# x\n")
+    convert(source, tmp_path / "out", drop=4, onnx=False)
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    carried = {k: v for k, v in card.data.to_dict().items() if k.startswith(("license", "language"))}
+    assert carried == read
+
+
+def test_a_hostile_card_costs_nothing(tmp_path):
+    doubling = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+    cards = (f"---\n{doubling}license: *a39\nlanguage: *a39\n---\n", "FIFO", "device", "huge", "link")
+    for i, card in enumerate(cards):
+        source = snapshot(tmp_path / str(i), card=card)
+        if i:
+            (source / "README.md").unlink()
+        if card == "FIFO":
+            os.mkfifo(source / "README.md")
+        elif card == "device":
+            (source / "README.md").symlink_to("/dev/zero")
+        elif card == "huge":
+            (source / "README.md").write_text("---\nlicense: mit\n---\n")
+            os.truncate(source / "README.md", 1 << 33)
+        elif card == "link":
+            (source / "README.md").symlink_to("nowhere")
+        program = (
+            "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (30, 30)); "
+            "from export import convert; convert(*sys.argv[1:3], drop=4, onnx=False)\n"
+            "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 500_000"
+        )
+        out = tmp_path / f"out{i}"
+        subprocess.run([sys.executable, "-c", program, source, out], check=True, timeout=60)
+        data = ModelCard((out / "README.md").read_text()).data.to_dict()
+        assert set(data) == {"base_model", "library_name", "pipeline_tag", "tags"}
+
+
+def test_a_persons_metadata_is_not_rewritten(out, report):
+    """But for model-index: no text turns into a truth value, no comment goes."""
+    front = "# mine\nlicense: mit\nlanguage: [en, no]\n"
+    index = "model-index:\n- name: old\n\n  results: []\n"
+    (out / "README.md").write_bytes(f"---\n{front}{index}date: 2023-07-18 # then\n---\n\n# Mine\n".encode())
+    for _ in range(2):
+        update_card(out, {"perplexity": 31.5})
+        text = (out / "README.md").read_text()
+        assert f"---\n{front}date: 2023-07-18 # then\nmodel-index:\n- name: Mine\n" in text
+        assert text.count("model-index") == text.count("- name: Mine") == 1
+        (result,) = ModelCard(text).data.eval_results
+        assert result.metric_value == 31.5
+    flow = "---\n{license: mit}\n---\n# Mine\n"  # cannot be added to by lines
+    (out / "README.md").write_text(flow)
+    with pytest.raises(PruneAttnError, match=r"README\.md: its metadata"):
+        update_card(out, {"perplexity": 31.5})
+    assert (out / "README.md").read_text() == flow
+
+
+NASTY = "a `b` <script>alert(1)</script> [x](http://y) ![i](z) | *c* _d_ $e$ &lt; \x1b[31m ~~f~~"
+
+
+def shown(markdown: str) -> tuple[str, set[str]]:
+    """What a reader sees, and the kinds of marks that made it."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = [t for block in parser.parse(markdown) for t in block.children or []]
+    kinds = {t.type for t in tokens} - {"text_special"}
+    return "".join("\n" if t.type == "softbreak" else t.content for t in tokens), kinds
+
+
+def test_foreign_text_shows_as_it_is_written():
+    from export.markdown import code, plain
+
+    seen = NASTY.replace("\x1b", "\\x1b")
+    assert shown(plain(NASTY)) == (seen, {"text"})
+    assert shown(code(NASTY)) == (seen.replace("`", "'"), {"code_inline"})
+    assert shown(f"| a |\n|---|\n| {plain(NASTY)} |")[0] == "a" + seen
+    assert plain("llama_2_7b-hf [1.18, 1.24]") == "llama_2_7b-hf [1.18, 1.24]"
+    assert len(plain("x" * 5_000_000)) == len(code("x" * 5_000_000)) - 2 == 100
+
+
+def test_names_in_the_card_are_escaped(tmp_path):
+    name = NASTY.replace("/", "∕")
+    source = tmp_path / name
+    shutil.copytree(SHIPPED, source)
+    (source / "README.md").write_text(f"---\nlicense: '{NASTY[:60]}'\n---\n".replace("\x1b", ""))
+    convert(source, tmp_path / "plan", drop=1)
+    plan = json.loads((tmp_path / "plan" / "pruning_plan.json").read_text())
+    plan |= {"strategy": 9 * NASTY, "requested": 100_000 * NASTY}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    convert(source, tmp_path / "out", plan=tmp_path / "plan.json")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert len(text) < 10_000
+    assert text.replace("\n", "").isprintable()
+    seen, kinds = shown(text.split("---\n", 2)[2].replace("<!--", "").replace("-->", ""))
+    assert not kinds & {"html_inline", "image", "s_open", "em_open"}
+    assert seen.count("<script>") >= 5
+    assert "# a \\`b\\`" in text
 
 
 def test_what_does_not_load_it_is_not_recommended(tmp_path, make_llama):

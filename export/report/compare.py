@@ -40,7 +40,7 @@ def report(results: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
 
 def compare_rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a result: label, and of the first backend that has them perplexities, agreement, tasks, speed-up."""
-    names = [r["models"]["pruned"]["name"].rstrip("/").rsplit("/", 1)[-1] for r in found]
+    names = [content.short_name(r["models"]["pruned"]["name"], 40) for r in found]
     rows = []
     for i, results in enumerate(found):
         broken = results["same_function"] is not None and not results["same_function"]["ok"]

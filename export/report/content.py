@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pruner.errors import printable
+
 RUNNERS = {
     "torch": "PyTorch, transformers eager",
     "torch-compiled": "PyTorch, transformers compiled",
@@ -41,7 +43,12 @@ class Section:
 
 def title(results: dict[str, Any]) -> str:
     """Of a report."""
-    return f"{results['models']['pruned']['name'].rstrip('/').rsplit('/', 1)[-1]} against its original"
+    return f"{short_name(results['models']['pruned']['name'])} against its original"
+
+
+def short_name(name: str, most: int = 80) -> str:
+    """A model's name without its owner, for people to read."""
+    return printable(name.rstrip("/").rsplit("/", 1)[-1], most)
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
@@ -141,8 +148,8 @@ def _removed(results: dict[str, Any]) -> Iterator[Section]:
         if pruning[kind]
     ]
     if pruning["strategy"]:
-        asked = f" ({pruning['requested']})" if pruning["requested"] else ""
-        text.append(f"Chosen by {pruning['strategy']}{asked}.")
+        asked = f" ({printable(pruning['requested'], 80)})" if pruning["requested"] else ""
+        text.append(f"Chosen by {printable(pruning['strategy'], 40)}{asked}.")
     yield Section("Which layers are gone", text, [], ["layers"])
 
 
@@ -190,8 +197,9 @@ def _accuracy(results: dict[str, Any]) -> Iterator[Section]:
     first = next(iter(results["accuracy"].values()))
     bos = {"once": "BOS once, before the text", "every": "BOS before every window", "none": "no BOS"}[first["bos"]]
     text = [
-        f"On {first['text']['name']}: {first['tokens']:,} tokens scored, in windows of {first['window']} with stride "
-        f"{first['stride']}, {bos}; each token counts once, in the first window that holds it.",
+        f"On {printable(first['text']['name'], 80)}: {first['tokens']:,} tokens scored, in windows of "
+        f"{first['window']} with stride {first['stride']}, {bos}; each token counts once, in the first window that "
+        "holds it.",
     ]
     tables = []
     for backend, facts in results["accuracy"].items():
@@ -237,7 +245,7 @@ def task_rows(facts: dict[str, Any]) -> Iterator[list[str]]:
         ratio = f"{b['value'] / a['value']:.3f}" if a["value"] else ""
         shots = "" if a.get("shots") is None else str(a["shots"])
         values = [f"{t['value']:.2%}" + (f" ± {t['stderr']:.2%}" if t.get("stderr") else "") for t in (a, b)]
-        yield [name, a["metric"], shots, str(a.get("n") or ""), *values, ratio]
+        yield [printable(name, 80), printable(a["metric"], 40), shots, str(a.get("n") or ""), *values, ratio]
     if facts["average_ratio"] is not None:
         averages = [f"{facts[m]['average']:.2%}" for m in ("original", "pruned")]
         yield ["average", "", "", "", *averages, f"{facts['average_ratio']:.3f}"]
@@ -339,7 +347,7 @@ def _about(results: dict[str, Any]) -> Iterator[Section]:
         hashes = m["weights_sha256"] or {k: v["header_sha256"] for k, v in m["shards"].items()}
         kind = "SHA-256" if m["weights_sha256"] else "header SHA-256"
         short = "; ".join(f"{k} {v[:_DIGITS]}" for k, v in hashes.items())
-        models.append([name, m["name"], f"{m['parameters']:,}", kind, short])
+        models.append([name, printable(m["name"]), f"{m['parameters']:,}", kind, short])
     yield Section(
         "What was measured, and where",
         results["notes"] and ["Notes: " + "; ".join(results["notes"]) + "."],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from export.markdown import plain
 from export.report.content import Table, glance_rows, task_rows
 from export.report.render import markdown_table
+from pruner.errors import printable
 
 
 def card_section(results: dict[str, Any]) -> str:
@@ -16,7 +18,9 @@ def card_section(results: dict[str, Any]) -> str:
     for facts in list(results["tasks"].values())[:1]:
         head = ["task", "metric", "shots", "n", "original", "pruned", "ratio"]
         parts.append(markdown_table(Table(head, list(task_rows(facts)))))
-    text = next((f"; text {a['text']['name']}, {a['tokens']:,} tokens" for a in results["accuracy"].values()), "")
+    text = next(
+        (f"; text {plain(a['text']['name'], 80)}, {a['tokens']:,} tokens" for a in results["accuracy"].values()), ""
+    )
     parts.append(
         f"Measured by prune-attn {environment['prune_attn']['version']} on {device}, {results['created'][:10]}{text}; "
         "in brackets 95% bootstrap intervals. The whole report is in `report/`."
@@ -37,12 +41,12 @@ def eval_results(results: dict[str, Any]) -> list[dict[str, Any]]:
         )  # fmt: skip
 
     for facts in list(results["accuracy"].values())[:1]:
-        text = facts["text"]["name"]
+        text = printable(facts["text"]["name"], 80)
         add(text, "perplexity", f"perplexity, window {facts['window']}, stride {facts['stride']}",
             facts["perplexity"]["pruned"]["value"])  # fmt: skip
         add(text, "agreement", "most likely token the same as the original's", facts["agreement"]["value"])
     for facts in list(results["tasks"].values())[:1]:
         for task, row in facts["pruned"]["tasks"].items():
             shots = "" if row.get("shots") is None else f", {row['shots']}-shot"
-            add(task, row["metric"], f"{row['metric']}{shots}", row["value"])
+            add(printable(task, 80), printable(row["metric"], 40), f"{row['metric']}{shots}", row["value"])
     return out

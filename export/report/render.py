@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from export.markdown import plain
 from export.report import content, plots
+from export.report.write import _MOST
 from pruner import __version__
+from pruner.errors import printable
 
 
 def _markdown(title: str, sections: list[content.Section], captions: dict[str, str]) -> str:
-    parts = [f"# {title}"]
+    parts = [f"# {plain(title)}"]
     for section in sections:
         parts.append(f"## {section.title}")
-        parts += section.text
+        parts += [plain(text, _MOST) for text in section.text]
         parts += [markdown_table(table) for table in section.tables]
         parts += [f"![{captions[name]}]({name}.png)" for name in section.plots if name in captions]
     return "\n\n".join(parts) + f"\n\nWritten by prune-attn {__version__}; every figure is in `results.json`.\n"
@@ -24,7 +27,7 @@ def markdown_table(table: content.Table) -> str:
     columns = [i for i, _ in enumerate(table.head) if table.head[i] or any(row[i] for row in table.rows)]
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cells[i].replace("|", "\\|") for i in columns) + " |"
+        return "| " + " | ".join(plain(cells[i], _MOST) for i in columns) + " |"
 
     lines = [line(table.head), "|" + "|".join("---" if i == 0 else "---:" for i in columns) + "|"]
     lines += [line(row) for row in table.rows]
@@ -35,7 +38,11 @@ def _html(title: str, sections: list[content.Section], figures: dict[str, Any], 
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value, _MOST) if type(value) is str else value,
     )
     drawn = {name: plots.svg(figures[name], name) for name in captions}
     page = environment.get_template("report.html.j2")

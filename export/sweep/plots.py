@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.sweep.table import Row, within_noise
+from pruner.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _LOOKS = (("#D55E00", "--", "v"), ("#E69F00", ":", "^"), ("#009E73", "-.", "s"), ("#0072B2", "-", "o"),
           ("#CC79A7", (0, (5, 1)), "D"))  # fmt: skip
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-          "grid.color": "#dddddd", "savefig.facecolor": "white"}  # fmt: skip
+          "grid.color": "#dddddd", "savefig.facecolor": "white", "text.parse_math": False}  # fmt: skip
 
 
 _MARKERS = {"attention": "o", "mlp": "s", "block": "D"}
@@ -126,4 +127,5 @@ def _log(panel: Axes) -> None:
 
 def _title(setting: dict[str, Any]) -> str:
     text = setting["text"]
-    return f"{setting['source']['name']}: {text['tokens']:,} tokens of {text['name']}, {setting['dtype']}"
+    names = [printable(name, 60) for name in (setting["source"]["name"], text["name"])]
+    return f"{names[0]}: {text['tokens']:,} tokens of {names[1]}, {setting['dtype']}"

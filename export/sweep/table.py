@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from export.markdown import plain
 from export.sweep.measure import TIMED
 
 Row = dict[str, Any]
@@ -26,13 +27,13 @@ def to_markdown(setting: dict[str, Any], original: Row, points: list[Row]) -> st
     text, given, speed = setting["text"], setting["calibration"], setting["speed"]
     tools = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
     lines = [
-        f"# Sweep of {setting['source']['name']}",
+        f"# Sweep of {plain(setting['source']['name'])}",
         "",
         f"Finished on {setting['finished']}, on {setting['device']} ({setting['hardware']}), dtype {setting['dtype']}; "
         f"{tools}.",
         "",
-        f"Perplexity on {text['name']}: {text['tokens']:,} tokens in windows of {text['window']}, no overlap. "
-        + (f"Calibrated on {given['name']}." if given else "No calibration text."),
+        f"Perplexity on {plain(text['name'])}: {text['tokens']:,} tokens in windows of {text['window']}, no overlap. "
+        + (f"Calibrated on {plain(given['name'])}." if given else "No calibration text."),
         "",
         f"**Original: {_number(original['perplexity'])}.** Best of each column in bold.",
     ]

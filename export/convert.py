@@ -95,6 +95,7 @@ def convert(
     device: str = "cpu",
     objective: str | None = None,
     resume: bool = False,
+    threads: int | None = None,
     choosing: Callable[[float, float, str], None] | None = None,
     say: Callable[[str], None] | None = None,
     progress: Callable[..., None] | None = None,
@@ -111,7 +112,7 @@ def convert(
     the only case besides a ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too;
     a model that they cannot express is converted all the same, without them and with a note that says why.
 
-    ``text`` to ``resume`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
+    ``text`` to ``threads`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
     ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there
     (a ``dry_run`` keeps nothing).
 
@@ -127,7 +128,7 @@ def convert(
     check_useful(
         {
             "strategy": strategy, "text": text, "samples": samples, "length": length, "seed": seed, "device": device,
-            "objective": objective, "resume": resume,
+            "objective": objective, "resume": resume, "threads": threads,
         }
     )  # fmt: skip
     if dry_run and resume:
@@ -161,6 +162,7 @@ def convert(
         objective=objective,
         partial=None if dry_run else partial,
         resume=resume,
+        threads=threads,
         progress=choosing,
         say=say,
     )

@@ -7,11 +7,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from export.genai import generation_value
+from pruner import machine
 from pruner.checkpoint import open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.hub.source import fetch
+from pruner.machine import computing
 from pruner.model import LanguageModel, TorchLanguageModel
 from pruner.text import load_tokenizer
 
@@ -30,6 +33,7 @@ class Generated:
     device: str
     prefill_ms: float
     tokens_per_second: float | None
+    threads: int
 
 
 def generate(
@@ -39,6 +43,7 @@ def generate(
     new_tokens: int = 64,
     backend: str = "onnx",
     device: str = "auto",
+    threads: int | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[..., None] | None = None,
@@ -47,9 +52,18 @@ def generate(
     """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.
 
     ``directory`` may be a Hub id, at ``revision``, through ``cache_dir``. The prompt is taken as it is, with the
-    tokenizer's own BOS and no chat template. Raises ``PruneAttnError``.
+    tokenizer's own BOS and no chat template. ``threads``: see ``pruner.machine.computing``. Raises ``PruneAttnError``.
     """
-    directory = fetch(directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress)
+    with computing(threads, torch=backend == "torch"):
+        directory = fetch(
+            directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress
+        )
+        return _generate(directory, prompt, new_tokens, backend, device, write)
+
+
+def _generate(
+    directory: Path, prompt: str, new_tokens: int, backend: str, device: str, write: Callable[[str], None] | None
+) -> Generated:
     tokenizer = load_tokenizer(directory)
     eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_token_id)
     ends = set(eos if isinstance(eos, list) else [eos])
@@ -86,7 +100,7 @@ def generate(
     if write:
         write(text[len(shown) :])
     speed = 1 / statistics.median(steps) if steps else None
-    return Generated(text, out, len(ids), backend, took, prefill_ms, speed)
+    return Generated(text, out, len(ids), backend, took, prefill_ms, speed, machine.threads())
 
 
 def _open(directory: str | os.PathLike[str], backend: str, device: str, tokens: int) -> tuple[LanguageModel, str]:

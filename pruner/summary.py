@@ -78,3 +78,9 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "shards": [{"file": s.path.name, "bytes": s.size, "tensors": len(s.tensors)} for s in checkpoint.shards],
         "savings": savings,
     }
+
+
+def identity(checkpoint: Checkpoint) -> list[Any]:
+    """What tells whether a checkpoint is the one that a saved part was measured on; no weights are read."""
+    stats = [(shard.path.name, shard.path.stat()) for shard in checkpoint.shards]
+    return [checkpoint.fingerprint(), [[name, s.st_size, s.st_mtime_ns] for name, s in stats]]

@@ -64,7 +64,10 @@ def convert(
             read_utf8(validation_text)  # known before hours of work
     elif validation_text is not None:
         raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
-    check_useful(options, given)
+    threads = options["threads"]
+    if then_validate and options["text"] is None:
+        options["threads"] = None  # it is for the measuring alone
+    check_useful(options, lambda name: given(name) and not (then_validate and name == "threads"))
     kept = None if options["dry_run"] else options["text"]
     with choosing_bar(kept) as (choosing, say), bytes_bar("writing") as progress:
         result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
@@ -102,4 +105,4 @@ def convert(
     if then_validate:
         from export.validate.run import brief
 
-        run_validation(str(result.source), output, False, {"text": validation_text, **brief()})
+        run_validation(str(result.source), output, False, {"text": validation_text, "threads": threads, **brief()})

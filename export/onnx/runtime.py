@@ -15,6 +15,7 @@ from typing import Any
 
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.llama import Decoder
+from pruner.machine import threads
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR of the driver's API
@@ -140,6 +141,7 @@ def _open(path: Path, providers: list[Any], entries: Mapping[str, str]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads()
     options.log_severity_level = 4  # what fails, fails with an exception or is checked for
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for name, value in entries.items():

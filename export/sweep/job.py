@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,17 +18,18 @@ from export.sweep.measure import Progress, key, measure_perplexity, measure_spee
 from export.sweep.plots import draw
 from export.sweep.progress import Kept, kept, write_whole
 from export.sweep.table import to_csv, to_markdown
-from pruner import __version__
+from pruner import __version__, machine
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.source import fetch
 from pruner.llama import SUBLAYERS
+from pruner.machine import computing
 from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant
 from pruner.plan_files import read_plan
 from pruner.select.choose import select
 from pruner.select.request import POSITIONAL, STRATEGIES
-from pruner.summary import totals
+from pruner.summary import identity, totals
 
 FORMAT = "prune-attn sweep"
 RESULTS, PLANS = "sweep.json", "plans"
@@ -70,6 +72,7 @@ def sweep(
     device: str = "auto",
     dtype: str | None = None,
     rounds: int = 10,
+    threads: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
@@ -85,7 +88,7 @@ def sweep(
 
     Whatever is finished is kept in ``OUTPUT.partial``, from which the same call goes on. ``output`` appears whole:
     ``sweep.json``, ``sweep.csv``, ``sweep.md``, two plots, and each order as a plan that ``convert --plan`` takes.
-    Raises ``PruneAttnError`` for bad input, before anything is computed.
+    ``threads``: see ``pruner.machine.computing``. Raises ``PruneAttnError`` for bad input, before anything is computed.
     """
     from pruner.evaluate.perplexity import sliding_windows
     from pruner.model import TorchLanguageModel
@@ -118,44 +121,54 @@ def sweep(
     windows = sliding_windows(test.ids, length=window, bos_id=tokenizer.bos_token_id)[:limit]
     prompts = test.ids[None, : min(PROMPT, context // 2)]  # (1, T)
     new_tokens = min(NEW_TOKENS, context - prompts.size)
-    device, dtype, machine = _machine(device, dtype)
-    setting = {
-        "source": checkpoint.fingerprint(),
-        "sublayers": sublayers,
-        "strategies": strategies,
-        "fractions": parts,
-        "text": {"name": test.path.name, "sha256": test.sha256, "bytes": test.bytes, "window": window,
-                 "windows": len(windows), "tokens": sum(w.scored for w in windows)},
-        "calibration": given and {"name": given.path.name, "sha256": given.sha256, "bytes": given.bytes,
-                                  "samples": samples, "length": length, "seed": seed},
-        "speed": {"batch": 1, "prompt": prompts.size, "new_tokens": new_tokens, "rounds": rounds} if rounds else None,
-        "dtype": dtype or "as stored",
-        **machine,
-    }  # fmt: skip
+    with computing(threads):
+        device, dtype, runs_on = _machine(device, dtype)
+        setting = {
+            "source": checkpoint.fingerprint(),
+            "sublayers": sublayers,
+            "strategies": strategies,
+            "fractions": parts,
+            "text": {"name": test.path.name, "sha256": test.sha256, "bytes": test.bytes, "window": window,
+                     "windows": len(windows), "tokens": sum(w.scored for w in windows)},
+            "calibration": given and {"name": given.path.name, "sha256": given.sha256, "bytes": given.bytes,
+                                      "samples": samples, "length": length, "seed": seed},
+            "speed": {"batch": 1, "prompt": prompts.size, "new_tokens": new_tokens, "rounds": rounds}
+                     if rounds else None,
+            "dtype": dtype or "as stored",
+            **runs_on,
+        }  # fmt: skip
 
-    with kept(output, setting) as work:
-        calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
-        plans: dict[tuple[str, str], PruningPlan] = {}
-        for kind in sublayers:
-            for name in strategies:
-                plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, show)
-        rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
-        model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
-        chosen = [plan for *_, plan in rows]
-        measure_perplexity(work, model, chosen, windows, show)
-        if rounds:
-            measure_speed(work, model, chosen, prompts, new_tokens, rounds, show)
-        setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        original = _row(checkpoint, work, None, "original", None, None)
-        result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
-        with staged(output, _not_ours if overwrite else lambda path: "exists") as directory:
-            shutil.copytree(work.plans, directory / PLANS)
-            (directory / RESULTS).write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-            (directory / "sweep.csv").write_text(to_csv(result.original, result.points), "utf-8")
-            (directory / "sweep.md").write_text(to_markdown(setting, result.original, result.points), "utf-8")
-            draw(directory, setting, result.original, result.points)
-        work.discard()
+        tokens = hashlib.sha256(test.ids.tobytes()).hexdigest()  # the same text is others with another tokenizer
+        also_equal = {"source": identity(checkpoint), "tokenizer": tokens, **machine.setting(device)}
+        with kept(output, setting, also_equal) as work:
+            calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
+            plans: dict[tuple[str, str], PruningPlan] = {}
+            for kind in sublayers:
+                for name in strategies:
+                    plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, show)
+            rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
+            model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
+            chosen = [plan for *_, plan in rows]
+            measure_perplexity(work, model, chosen, windows, show)
+            if rounds:
+                measure_speed(work, model, chosen, prompts, new_tokens, rounds, show)
+            setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+            original = _row(checkpoint, work, None, "original", None, None)
+            result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
+            _deliver(result, work, overwrite)
+            work.discard()
     return result
+
+
+def _deliver(result: Sweep, work: Kept, overwrite: bool) -> None:
+    """Write the folder, whole or not at all."""
+    measured = (result.setting, result.original, result.points)
+    with staged(result.path, _not_ours if overwrite else lambda path: "exists") as directory:
+        shutil.copytree(work.plans, directory / PLANS)
+        (directory / RESULTS).write_text(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (directory / "sweep.csv").write_text(to_csv(result.original, result.points), "utf-8")
+        (directory / "sweep.md").write_text(to_markdown(*measured), "utf-8")
+        draw(directory, *measured)
 
 
 def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
@@ -196,12 +209,12 @@ def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str,
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        hardware, dtype = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", dtype or "float32"
+        hardware, dtype = f"{os.cpu_count()} cores, {machine.threads()} threads", dtype or "float32"
     else:
         check_cuda()
         hardware = torch.cuda.get_device_name(device)
     tools = {"prune-attn": __version__, "torch": torch.__version__, "transformers": version("transformers")}
-    return device, dtype, {"device": device, "hardware": hardware, "versions": tools}
+    return device, dtype, {"device": device, "hardware": hardware, "threads": machine.threads(), "versions": tools}
 
 
 def _order(

@@ -24,6 +24,7 @@ class Kept:
 
     path: Path
     setting: dict[str, Any]
+    key: dict[str, Any]  # what must be equal too, but is no part of the result
     perplexity: dict[str, float | None] = field(default_factory=dict)
     speed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -42,13 +43,13 @@ class Kept:
 
 
 @contextmanager
-def kept(output: Path, setting: dict[str, Any]) -> Iterator[Kept]:
-    """What an earlier call with this ``setting`` finished, or nothing yet.
+def kept(output: Path, setting: dict[str, Any], key: dict[str, Any]) -> Iterator[Kept]:
+    """What an earlier call with this ``setting`` and ``key`` finished, or nothing yet.
 
     Raises ``PruneAttnError`` where it is another sweep's, or another process is at it.
     """
     target = Path(os.path.realpath(output))
-    work = Kept(target.with_name(f"{target.name}.partial"), setting)
+    work = Kept(target.with_name(f"{target.name}.partial"), setting, key)
     file = work.path / STATE
     if work.path.exists() and not file.is_file():
         raise PruneAttnError(f"{work.path}: is in the way and no interrupted sweep; move it away")
@@ -64,7 +65,8 @@ def kept(output: Path, setting: dict[str, Any]) -> Iterator[Kept]:
         try:
             before = read_json(file)
             work.perplexity, work.speed = before["perplexity"], before["speed"]
-            differs = [name for name, value in setting.items() if before["setting"].get(name) != value]
+            differs = [name for name, value in key.items() if before["key"].get(name) != value]
+            differs += [name for name, value in setting.items() if before["setting"].get(name) != value]
         except (PruneAttnError, KeyError, TypeError, AttributeError):
             raise PruneAttnError(f"{file}: is damaged; remove {work.path} to begin again") from None
         if differs:

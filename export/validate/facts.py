@@ -6,18 +6,14 @@ import hashlib
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pruner
 from export.record import read_record
 from pruner.checkpoint import Checkpoint
+from pruner.machine import PACKAGES, cpu_name, package_version, threads
 from pruner.summary import totals
-
-_PACKAGES = (
-    "torch", "transformers", "onnxruntime-gpu", "onnxruntime", "lm_eval", "numpy", "safetensors", "tokenizers",
-)  # fmt: skip
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -26,14 +22,14 @@ def environment(device: str) -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "device": device,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads(),
         "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in _PACKAGES if (found := package_version(name))},
+        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
         "prune_attn": {"version": pruner.__version__, "commit": _commit()},
         "gpu": None,
     }
@@ -79,12 +75,6 @@ def pruning_facts(original: Checkpoint, pruned: Checkpoint, attention: list[int]
     }
 
 
-def identity(checkpoint: Checkpoint) -> list[Any]:
-    """What tells whether a checkpoint is the one that a saved part was measured on; no weights are read."""
-    stats = [(shard.path.name, shard.path.stat()) for shard in checkpoint.shards]
-    return [checkpoint.fingerprint(), [[name, s.st_size, s.st_mtime_ns] for name, s in stats]]
-
-
 def _read_by_row(checkpoint: Checkpoint) -> int:
     """Bytes of an embedding table that is not the head too: one row of it is read a token."""
     name = "model.embed_tokens.weight"
@@ -94,14 +84,6 @@ def _read_by_row(checkpoint: Checkpoint) -> int:
 def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def package_version(package: str) -> str | None:
-    """``None`` where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -119,13 +101,3 @@ def _first_line(*command: str) -> str | None:
         return None
     lines = done.stdout.split("\n") if done.returncode == 0 else []
     return lines[0].strip() or None if lines else None
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

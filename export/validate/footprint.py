@@ -14,6 +14,7 @@ from typing import Any
 from export.onnx.session import OnnxSession
 from pruner.evaluate.compiled import CompiledLanguageModel
 from pruner.evaluate.latency import gpu_bytes, out_of_memory
+from pruner.machine import computing, threads
 from pruner.model import LanguageModel, TorchLanguageModel
 
 _STEPS = 4
@@ -43,7 +44,7 @@ def footprint(
     """
     import pruner
 
-    arguments = [backend, os.fspath(directory), device, dtype, batch, prompt, context]
+    arguments = [threads(), backend, os.fspath(directory), device, dtype, batch, prompt, context]
     path = os.pathsep.join(filter(None, [str(Path(pruner.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "export.validate.footprint", json.dumps(arguments)],
@@ -104,4 +105,6 @@ def _peak_rss() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(*json.loads(sys.argv[1]))))
+    wanted, *arguments = json.loads(sys.argv[1])
+    with computing(wanted, torch=arguments[0] != "onnx"):
+        print(json.dumps(_measure(*arguments)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import hashlib
 import os
 import tempfile
 import time
@@ -19,7 +20,7 @@ from export import record
 from export.card import update_card
 from export.report import FORMAT, RESULTS, VERSION
 from export.validate import function as same
-from export.validate.facts import environment, identity, model_facts, package_version, pruning_facts
+from export.validate.facts import environment, model_facts, pruning_facts
 from export.validate.footprint import footprint, open_model
 from export.validate.graphs import Graphs
 from export.validate.limits import Limits, check
@@ -33,7 +34,9 @@ from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
 from pruner.files import expand
 from pruner.hub.source import fetch
+from pruner.machine import computing, setting
 from pruner.names import GRAPH
+from pruner.summary import identity
 from pruner.text import Text, load_tokenizer, read_text
 
 PARTS = ("same-function", "accuracy", "tasks", "latency")
@@ -82,6 +85,7 @@ def validate(
     seconds: float = 60,
     compiled: bool | None = None,
     seed: int = 0,
+    threads: int | None = None,
     work: str | os.PathLike[str] | None = None,
     max_perplexity_increase: str | float | None = None,
     min_agreement: str | float | None = None,
@@ -94,29 +98,31 @@ def validate(
     ``output`` defaults to ``pruned/report``. ``only`` (of PARTS, separated by commas) leaves the others out; without
     ``text`` there is no accuracy. ``dtype`` is PyTorch's (default: float32 on the CPU, as stored on CUDA); ONNX Runtime
     computes in what is stored. docs/validation.md says what each part measures. A run that was stopped goes on where
-    it was when it is started again with the same options.
+    it was when it is started again with the same options, and as many ``threads`` (``pruner.machine.computing``).
 
     Raises ``PruneAttnError`` for what cannot be measured, before anything is, and ``MachineError`` for a device whose
     memory is too small for one row.
     """
     if progress is None:
         progress = _silent
-    run = _Run(
-        open_checkpoint(fetch(original)),
-        open_checkpoint(fetch(pruned, runtime=True)),
-        options={
-            "backend": backend, "device": device, "dtype": dtype, "tasks": tasks, "limit": limit, "only": only,
-            "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens, "batch": batch, "prompt": prompt,
-            "new_tokens": new_tokens, "repeats": repeats, "seconds": seconds, "compiled": compiled, "seed": seed,
-        },
-        text=text,
-        limits=Limits.parse(max_perplexity_increase, min_agreement, min_task_average_ratio, min_decode_speedup),
-        output=None if output is None else expand(output),
-        progress=progress,
-    )  # fmt: skip
-    with run.working(work):
-        run.measure()
-    return run.finish()
+    with computing(threads):
+        run = _Run(
+            open_checkpoint(fetch(original)),
+            open_checkpoint(fetch(pruned, runtime=True)),
+            options={
+                "backend": backend, "device": device, "dtype": dtype, "tasks": tasks, "limit": limit, "only": only,
+                "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens, "batch": batch,
+                "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "seconds": seconds,
+                "compiled": compiled, "seed": seed,
+            },
+            text=text,
+            limits=Limits.parse(max_perplexity_increase, min_agreement, min_task_average_ratio, min_decode_speedup),
+            output=None if output is None else expand(output),
+            progress=progress,
+        )  # fmt: skip
+        with run.working(work):
+            run.measure()
+        return run.finish()
 
 
 def brief() -> dict[str, Any]:
@@ -160,9 +166,8 @@ class _Run:
         self.cases = self._cases() if "latency" in self.parts_wanted else []
         self.tasks = self._task_names()
         self.limits.need(self.parts_wanted, bool(self.tasks))
-        packages = [package_version(p) for p in ("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "lm_eval")]
-        key = [VERSION, __version__, *map(identity, self.checkpoints.values()), self.device, self.dtypes, packages]
-        self.parts = Parts(self.output, [*key, self.seed])
+        key = [VERSION, __version__, *map(identity, self.checkpoints.values()), self.device, self.dtypes]
+        self.parts = Parts(self.output, [*key, setting(self.device), self.seed])
         self.models: dict[str, Any] = {}
         self.open_as: tuple[str, str] | None = None
 
@@ -570,7 +575,8 @@ class _Run:
                 "notes": notes,
             }  # fmt: skip
 
-        case = self.parts.get(name, [new, repeats, seconds, self.text and self.text.sha256], measure)
+        room = max(prompt for _, prompt in self.cases)  # what the KV buffer is allocated for
+        case = self.parts.get(name, [new, repeats, seconds, self.text and self.text.sha256, room], measure)
         self.notes += case.pop("notes")
         if not case:
             return None
@@ -607,14 +613,14 @@ class _Run:
         limit, out = self.options["limit"], {}
         for name in MODELS:
             done: dict[str, Any] = {}
-            options = [name, limit, self.options["seed"]]
+            options = {task: [name, limit, self.options["seed"], _file_hash(task)] for task in self.tasks}
             for task in self.tasks:  # each is saved when it is done
-                part = self.parts.saved(f"task-{backend}-{name}-{task}", options)
+                part = self.parts.saved(f"task-{backend}-{name}-{task}", options[task])
                 if part is not None:
                     done[task] = part
 
             def save(task: str, value: Any, name: str = name, options: Any = options) -> None:
-                self.parts.save(f"task-{backend}-{name}-{task}", options, value)
+                self.parts.save(f"task-{backend}-{name}-{task}", options[task], value)
 
             out[name] = run_tasks(
                 lambda name=name: self._open(backend, name, "score"), self.tokenizer, self.tasks, limit=limit,
@@ -649,6 +655,12 @@ class _Run:
         if not broken and self.output.resolve().is_relative_to(pruned.resolve()) and record.read_record(pruned):
             update_card(pruned, self.results)
         return Validation(self.results, self.output, 1 if broken else 3 if problems else 0, problems)
+
+
+def _file_hash(task: str) -> str | None:
+    """Of a task's own YAML file, which may be changed between two runs."""
+    file = Path(task.rpartition("@")[0] or task)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _why(function: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pruner import machine
+from pruner._version import __version__
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
@@ -167,6 +170,7 @@ class _Job:
             "seed": self.seed,
             "dtype": evaluator.dtype,
             "device": self.device,
+            "threads": machine.threads(),
         }
         sets = {} if found is None else {n: tuple(sorted(s)) for n, (_, s) in found.sets.items() if n}
         sets = {n: dropped for n, dropped in sets.items() if set(dropped) != set(order[:n])}
@@ -201,8 +205,10 @@ class _Job:
 
     def key(self) -> dict[str, Any]:
         """What the losses depend on."""
+        from pruner.summary import identity
+
         return {
-            "source": self.checkpoint.fingerprint(),
+            "source": identity(self.checkpoint),
             "sublayer": self.sublayer,
             "objective": self.objective,
             "text": self.text.sha256,
@@ -210,7 +216,10 @@ class _Job:
             "length": self.length,
             "seed": self.seed,
             "device": self.device,
+            "tokenizer": hashlib.sha256(self.text.ids.tobytes()).hexdigest(),  # the same text is other tokens
             "screen": self.screen,
+            "version of prune-attn": __version__,
+            **machine.setting(self.device),
         }
 
     def save(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
+from pruner.machine import computing
 from pruner.select.calibrated import Progress, _Job
 from pruner.select.exhaustive import check_few
 from pruner.select.request import POSITIONAL
@@ -48,6 +49,7 @@ def selection(
     allow_all: bool = False,
     partial: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Selection:
@@ -56,10 +58,11 @@ def selection(
     ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
     The last two minimise ``objective``: kl (default: on unseen text it chose better than ce with up to 2,048
     calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/selection.md), or ce.
-    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed``
-    says where in its part of the text each window lies. ``partial`` is a file that keeps what has been computed; with
-    ``resume`` an interrupted run goes on from it to the same plan (remove it when the plan is safe). ``say`` gets lines
-    about what will be done and how long it takes. Raises ``PruneAttnError`` for bad input and ``MachineError``.
+    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed`` says
+    where in its part of the text each window lies; ``threads`` as in ``pruner.machine.computing``. ``partial`` is a
+    file that keeps what has been computed; with ``resume`` an interrupted run goes on from it to the same plan (remove
+    it when the plan is safe). ``say`` gets lines about what will be done and how long it takes. Raises
+    ``PruneAttnError`` for bad input and ``MachineError``.
     """
     from pruner.checkpoint import Checkpoint, open_checkpoint
     from pruner.select.positional import candidates_for, plan_drop
@@ -75,23 +78,24 @@ def selection(
     if strategy == "exhaustive":
         check_few(len(candidates), count)
     started = time.monotonic()
-    job = _Job(
-        checkpoint,
-        sublayer,
-        strategy,
-        objective or "kl",
-        device,
-        seed,
-        partial,
-        resume,
-        progress,
-        say,
-    )
-    job.prepare(text, samples, length)
-    if strategy == "similarity":
-        order, found = job.by_similarity(candidates), None
-    else:
-        found = job.by_loss(candidates, count)
-        order = order_of(found, count)
-    plan = job.plan(order, found, count, str(drop))
-    return Selection(plan, job.cost(time.monotonic() - started))
+    with computing(threads):
+        job = _Job(
+            checkpoint,
+            sublayer,
+            strategy,
+            objective or "kl",
+            device,
+            seed,
+            partial,
+            resume,
+            progress,
+            say,
+        )
+        job.prepare(text, samples, length)
+        if strategy == "similarity":
+            order, found = job.by_similarity(candidates), None
+        else:
+            found = job.by_loss(candidates, count)
+            order = order_of(found, count)
+        plan = job.plan(order, found, count, str(drop))
+        return Selection(plan, job.cost(time.monotonic() - started))

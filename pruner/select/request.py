@@ -31,7 +31,7 @@ def check_useful(options: Mapping[str, Any], given: Callable[[str], bool] | None
     strategy, text = options.get("strategy"), options.get("text")
     if strategy in POSITIONAL and text is not None:
         raise PruneAttnError(f"--strategy {strategy} looks at no text; leave --text out, or choose another")
-    for name in ("samples", "length", "seed", "device", "objective", "resume"):
+    for name in ("samples", "length", "seed", "device", "objective", "resume", "threads"):
         if text is None and given(name):
             raise PruneAttnError(f"--{name} is for choosing by a text, and none is; add --text, or leave it out")
 

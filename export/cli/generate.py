@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from export.cli.bars import bytes_bar
-from export.cli.main import _THREADS
-from export.cli.options import CACHE, JSON, PATH, REVISION
+from export.cli.options import CACHE, JSON, PATH, REVISION, THREADS
 from export.cli.show import print_json, write_text
 
 
@@ -18,7 +17,7 @@ from export.cli.show import print_json, write_text
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most.")
 @click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@_THREADS
+@THREADS
 @REVISION
 @CACHE
 @JSON

@@ -24,15 +24,6 @@ from export.cli.validate import validate
 from export.cli.verify import verify
 from pruner import __version__
 from pruner.errors import PruneAttnError, one_line
-from pruner.machine import MOST_THREADS
-
-_THREADS_HELP = "Threads to compute with.  [default: the cores that this process may use]"
-_THREADS = click.option(
-    "--threads",
-    type=click.IntRange(1, MOST_THREADS),
-    metavar="N",
-    help=_THREADS_HELP,
-)
 
 
 @click.group(

@@ -8,12 +8,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from export.cli.main import _THREADS_HELP
 from pruner.errors import PruneAttnError
 from pruner.machine import MOST_THREADS
 from pruner.select.request import OBJECTIVES, STRATEGIES
 
 PATH = click.Path()
+
+
+_THREADS = {
+    "type": click.IntRange(1, MOST_THREADS), "metavar": "N",
+    "help": "Threads to compute with.  [default: the cores that this process may use]",
+}  # fmt: skip
+THREADS = click.option("--threads", **_THREADS)
 
 
 REVISION = click.option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
@@ -30,7 +36,7 @@ def CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, 
         ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
         ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
         ("--seed", {"type": click.IntRange(0), "default": 0, "help": "Where the windows lie.  [default: 0]"}),
-        ("--threads", {"type": click.IntRange(1, MOST_THREADS), "metavar": "N", "help": _THREADS_HELP}),
+        ("--threads", _THREADS),
         ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
         ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
         ("--text", {"type": PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),

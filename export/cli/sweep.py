@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from export.cli.bars import steps_bar
-from export.cli.main import _THREADS
-from export.cli.options import JSON, PATH
+from export.cli.options import JSON, PATH, THREADS
 from export.cli.show import echo, make_table, print_json, say
 from export.cli.signals import Stopped
 
@@ -31,7 +30,7 @@ from export.cli.signals import Stopped
 @click.option("--length", type=click.IntRange(2), help="Tokens a calibration sample.  [default: as select has it]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of calibration samples and search.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@_THREADS
+@THREADS
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),

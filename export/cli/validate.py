@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from export.cli.bars import steps_bar
-from export.cli.main import _THREADS
-from export.cli.options import JSON, PATH, given
+from export.cli.options import JSON, PATH, THREADS, given
 from export.cli.show import echo, make_table, print_json, say
 from pruner.errors import PruneAttnError
 
@@ -27,7 +26,7 @@ _OF_PART = {
 @click.option("-o", "--output", type=PATH, help="Where the report goes.  [default: PRUNED/report]")
 @click.option("--backend", metavar="B,B", help="torch, onnx.  [default: both, where PRUNED has a model.onnx]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@_THREADS
+@THREADS
 @click.option("--dtype", help="What PyTorch computes in.  [default: float32 on the CPU, as stored on CUDA]")
 @click.option("--only", metavar="P,P", help="same-function, accuracy, tasks, latency.  [default: all]")
 @click.option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file.")

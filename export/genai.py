@@ -12,6 +12,7 @@ from typing import Any
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import read_json
+from pruner.names import GRAPH
 
 # The KV cache is allocated for search.max_length tokens at once, so it is not the context of a 128k model.
 _MAX_LENGTH = 4096
@@ -35,7 +36,7 @@ def genai_config(checkpoint: Checkpoint, context: int) -> bytes:
             "eos_token_id": eos,
             "pad_token_id": generation_value(checkpoint, "pad_token_id", eos[0] if isinstance(eos, list) else eos),
             "decoder": {
-                "filename": "model.onnx",
+                "filename": GRAPH,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "hidden_size": d.hidden_size,
                 "head_size": d.head_dim,

@@ -22,7 +22,7 @@ from pruner.errors import PruneAttnError
 from pruner.files import expand
 from pruner.hub.client import ask, beside, quiet
 from pruner.hub.source import is_hub_id
-from pruner.names import PLAN_FILE
+from pruner.names import CARD, PLAN_FILE
 from pruner.nemotron_nas.dialect import CODE_FILES
 
 # What an earlier push may have left that this one does not replace: a loader would take it for part of this model.
@@ -143,7 +143,7 @@ def push(
                 again=not create_pr,  # it might open a second one
             )
         )
-    notes += [" ".join(str(w.message).split()) for w in said if "README.md" in str(w.message)]
+    notes += [" ".join(str(w.message).split()) for w in said if CARD in str(w.message)]
     return Push(repo_id, files, False, done.commit_url, done.oid, done.pr_url, stale, notes)
 
 

@@ -16,11 +16,11 @@ from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import read_json
 from pruner.llama import Decoder
-from pruner.names import CARD, PLAN_FILE
+from pruner.names import CARD, GENAI_CONFIG, GRAPH, PLAN_FILE
 from pruner.plan import FORMAT, PruningPlan, original_counts
 
 # A person may edit the card, and export may write these two again; verify holds the graph against the shards instead.
-REWRITABLE = (CARD, "model.onnx", "genai_config.json")
+REWRITABLE = (CARD, GRAPH, GENAI_CONFIG)
 
 # What this tool, programs that merely load a directory, and the Hub put beside the files that the record lists.
 _KNOWN = {PLAN_FILE, *REWRITABLE, "report", "__pycache__", ".gitattributes", ".cache/huggingface", ".git"}

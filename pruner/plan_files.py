@@ -11,7 +11,7 @@ from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import JSON_BYTES, expand, parse_json, read_bounded
 from pruner.llama import SUBLAYERS
-from pruner.names import PLAN_FILE
+from pruner.names import CONFIG, PLAN_FILE
 from pruner.plan import FORMAT, VERSION, PruningPlan, only_present
 
 
@@ -101,7 +101,7 @@ def _check_made_for(path: Path | str, source: Any, checkpoint: Checkpoint) -> No
     try:
         differs = []
         if source["config_sha256"] != present["config_sha256"]:
-            differs.append("config.json")
+            differs.append(CONFIG)
         theirs = {name: shard["header_sha256"] for name, shard in source["shards"].items()}
         ours = {name: shard["header_sha256"] for name, shard in present["shards"].items()}
         differs += sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))

@@ -364,7 +364,7 @@ def test_what_is_refused(tmp_path, fields, message):
 def test_what_is_refused_is_refused_before_anything_is_copied(tmp_path, dtype, monkeypatch):
     shutil.copytree(MODEL, source := tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: llama2\n---\n")  # whose notes come last
-    monkeypatch.setattr(sys.modules["export.convert"], "write_shards", lambda *_: pytest.fail("weights were copied"))
+    monkeypatch.setattr(sys.modules["export.write"], "write_shards", lambda *_: pytest.fail("weights were copied"))
     with pytest.raises(PruneAttnError, match=r"--context 99999: .*source was made for 1 to 1024 tokens"):
         export(source, tmp_path / "out", dtype=dtype, context=99999)
     assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from export.onnx.runtime_files import runtime_files
 from export.shards import copy_range
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.files import write_file
+from pruner.names import CONFIG, INDEX
 
 _SUFFIX = ".safetensors"
 
@@ -44,7 +45,7 @@ class Graphs:
         path.mkdir()
         for shard in checkpoint.shards:
             self._link(shard.path, path / shard.path.name)
-        for file in ("config.json", "model.safetensors.index.json"):
+        for file in (CONFIG, INDEX):
             if (checkpoint.path / file).is_file():
                 shutil.copyfile(checkpoint.path / file, path / file)
         files = runtime_files(open_checkpoint(path), None, GraphOptions(None, last_token_logits))

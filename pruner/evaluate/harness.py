@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pruner.errors import PruneAttnError
 from pruner.files import read_json
 from pruner.model import LanguageModel
+from pruner.names import CONFIG
 
 Report = Callable[[int, int], None]  # requests done, of how many
 
@@ -150,7 +151,7 @@ class _Counter:
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
     """The tokens that ``model.generate`` would stop at: the generation config's, else the config's, else EOS."""
-    for name in ("generation_config.json", "config.json"):
+    for name in ("generation_config.json", CONFIG):
         path = Path(tokenizer.name_or_path) / name
         found = read_json(path).get("eos_token_id") if path.is_file() else None
         if found is not None:

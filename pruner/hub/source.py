@@ -26,13 +26,12 @@ from pruner.checkpoint.meta import PARAMS, PART
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.client import _range, _status, _unreachable, _why_not, ask, beside, quiet
-from pruner.names import CONFIG, INDEX, PYTORCH, PYTORCH_INDEX, WEIGHTS
+from pruner.names import CARD, CONFIG, GENAI_CONFIG, GRAPH, INDEX, PLAN_FILE, PYTORCH, PYTORCH_INDEX, WEIGHTS
 
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
-_PLAN = "pruning_plan.json"  # of what was pruned before; percentages are of the never-pruned model
-_BESIDES = (_PLAN, "README.md")  # the latter says licence and language
+_BESIDES = (PLAN_FILE, CARD)  # what was pruned before; licence and language
 _FIRST = 100_000  # bytes: most headers are shorter, so that one request does
 
 
@@ -135,7 +134,7 @@ class HubModel:
                 f"{self.repo_id}: {what} and no safetensors, whose headers alone can be read from afar; fetch it with "
                 f"`hf download {self.repo_id} --local-dir DIR` and give DIR"
             )
-        names = [CONFIG, _PLAN] + ([] if WEIGHTS in self.sizes else [INDEX])
+        names = [CONFIG, PLAN_FILE] + ([] if WEIGHTS in self.sizes else [INDEX])
         directory = self.download(names)
         with quiet(), tempfile.TemporaryDirectory(prefix="prune-attn-") as place, ThreadPoolExecutor(8) as pool:
             for name in names:
@@ -164,7 +163,7 @@ class HubModel:
             raise PruneAttnError(
                 f"{self.repo_id}: has {gguf} weights that can be read; give a repository with safetensors"
             )
-        extra = ("model.onnx", "genai_config.json") if runtime else ()
+        extra = (GRAPH, GENAI_CONFIG) if runtime else ()
         others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, PARAMS, *_BESIDES, *extra)]
         return self.download([*others, *weights, *also], progress)
 

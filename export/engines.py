@@ -103,7 +103,7 @@ model_id = "PATH"
 path = model_id if os.path.isdir(model_id) else snapshot_download(model_id)
 tokenizer = AutoTokenizer.from_pretrained(pathTRUST)
 session = ort.InferenceSession(f"{path}/model.onnx", providers=["CPUExecutionProvider"])
-ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]
+ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]  # several prompts: pad them on the right
 inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 for cache in session.get_inputs()[2:]:  # keys and values of the attentions that are left: empty at first
     dtype = np.float16 if "float16" in cache.type else np.float32

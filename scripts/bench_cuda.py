@@ -2,6 +2,7 @@
 
     scripts/bench_cuda [--shapes 7b,13b] [--prompts 512,2048,4000] [--processes N] [--without A,B]
                        [--work DIR] [--output DIR] [--keep]
+    python scripts/bench_cuda.py --guard [--work DIR]      # bench_guard.py; no setup and no transformers are needed
 
 Speed, on a checkpoint of random fp16 weights (it does not depend on what they are): load, prefill, decode a token with
 and without a CUDA graph, GPU memory, for the original and for the deepest third of its attention removed, beside the
@@ -31,8 +32,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 SHIPPED = ROOT / "tests/data/gutenberg-llama-5m"
-CONTEXT = 4096
 
+from bench_guard import CONTEXT, bench_guard, guard_markdown, run_guard, run_guard_works  # noqa: E402
 
 # -- one measurement, in a process of its own --------------------------------------------------------------------------
 
@@ -240,6 +241,8 @@ def run_genai(dtype: str, directory: str) -> dict[str, Any]:
 
 
 JOBS = {
+    "guard": run_guard,
+    "guard_works": run_guard_works,
     "ours": run_ours,
     "builder": run_builder,
     "torch": run_torch,
@@ -418,6 +421,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="512,2048,4000")
     parser.add_argument("--processes", type=int, default=3, help="of each row of ONNX Runtime; the middle one is shown")
     parser.add_argument("--without", default="", help="builder, defaults, eager, pruned, lengths, torch, correct")
+    parser.add_argument("--guard", action="store_true", help="only what the NaN guard costs and whether it works")
     parser.add_argument("--work", type=Path, default=Path("out/bench_cuda"), help="where the checkpoints are made")
     parser.add_argument("--keep", action="store_true", help="leave the original and the pruned directory in --work")
     parser.add_argument("--output", type=Path, help="write results.json and results.md here")
@@ -430,6 +434,9 @@ def main() -> None:
         bandwidth = job("bandwidth")
         if "failed" in bandwidth:
             sys.exit("this needs a CUDA GPU and a PyTorch that sees it: " + bandwidth["failed"])
+        if arguments.guard:
+            print(guard_markdown(bench_guard("7b", work, min(arguments.processes, 2), job, bandwidth["device"])))
+            return
         from export.validate.facts import package_version
 
         packages = ("onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")

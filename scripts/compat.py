@@ -367,7 +367,8 @@ def run_snippet(python: Path, code: str, language: str, request: dict[str, Any],
 def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, list[str], list[str]]:
     """A row of the table, the notes under it, and what is not as this script expects it."""
     engine = ENGINES[name]
-    limits = getattr(importlib.import_module(f"compat_engines.{engine.program}"), engine.limits)
+    program = importlib.import_module(f"compat_engines.{engine.program}")
+    limits = getattr(program, engine.limits)
     label = re.sub(r"(, old|, CUDA| \d)$", "", name)
     try:
         python = venv(name, engine)
@@ -402,7 +403,10 @@ def run(name: str, asked: dict[str, dict[str, Any]], logs: Path) -> tuple[str, l
         if result != "same":
             notes.setdefault(why or result, []).append(case)
     row = f"| {label} {version or '?'} | {date.today()} | {' | '.join(cells)} |"
-    return row, [f"{label} {version or ''}, {', '.join(which)}: {why}" for why, which in notes.items()], broken
+    lines = [f"{label} {version or ''}, {', '.join(which)}: {why}" for why, which in notes.items()]
+    if hasattr(program, "NOTE"):  # of what no case here tries
+        lines.append(f"{label} {version or ''}: {program.NOTE}")
+    return row, lines, broken
 
 
 def write_readme(rows: dict[str, dict[str, Any]]) -> None:

@@ -26,16 +26,21 @@ THIRD = {"7b": 10, "13b": 13}  # the paper's 33% of the attentions, as whole num
 
 
 def make(
-    directory: Path, shape: str, shard_bytes: int = 5_000_000_000, laid_out: bool = False, sparse: bool = False
+    directory: Path,
+    shape: str,
+    shard_bytes: int = 5_000_000_000,
+    laid_out: bool = False,
+    sparse: bool = False,
+    dtype: str = "float16",
 ) -> int:
     """Write the checkpoint into a new directory; returns the bytes of weights.
 
     ``laid_out``: in the order that a graph over the files wants, so that nobody has to copy it for that. ``sparse``:
-    zeros that take no room on the disk.
+    zeros that take no room on the disk. ``dtype``: float16 or bfloat16.
     """
     hidden, intermediate, layers, heads, kv_heads = SHAPES[shape]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "hidden_act": "silu",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "hidden_act": "silu",
         "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 32000, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 4096, "rope_theta": 10000.0, "tie_word_embeddings": False,
@@ -55,14 +60,20 @@ def make(
         shards[-1][name] = names[name]
         used += nbytes
     # one block of noise, written again and again: normal numbers are slow to make, and no reader can tell
-    noise = (np.random.default_rng(0).standard_normal(8 << 20, dtype=np.float32) * 0.02).astype(np.float16).tobytes()
+    normal = np.random.default_rng(0).standard_normal(8 << 20, dtype=np.float32) * np.float32(0.02)
+    half = normal.astype(np.float16) if dtype == "float16" else (normal.view(np.uint32) >> 16).astype(np.uint16)
+    noise = half.tobytes()
     weight_map, total = {}, 0
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name, dims in shard.items():
             nbytes = 2 * int(np.prod(dims))
-            header[name] = {"dtype": "F16", "shape": list(dims), "data_offsets": [offset, offset + nbytes]}
+            header[name] = {
+                "dtype": "F16" if dtype == "float16" else "BF16",
+                "shape": list(dims),
+                "data_offsets": [offset, offset + nbytes],
+            }
             offset += nbytes
             weight_map[name] = file
         text = json.dumps(header).encode()

@@ -221,6 +221,48 @@ def test_half_precision_from_its_own_bytes(tmp_path, dtype, ids):
     assert np.linalg.norm(error) / np.linalg.norm(expected) < 1e-2
 
 
+def plain(directory: Path):
+    """(ids, mask) and caches to logits and caches, by plain ONNX Runtime on the CPU; no caches: empty ones."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(directory / GRAPH, providers=["CPUExecutionProvider"])
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+    def run(ids: np.ndarray, mask: np.ndarray, caches: list[np.ndarray] | None = None):
+        inputs = session.get_inputs()[2:]
+        empty = [np.zeros((len(ids), i.shape[1], 0, i.shape[3]), dtypes[i.type]) for i in inputs]
+        feed = dict(zip((i.name for i in inputs), caches or empty, strict=True))
+        logits, *caches = session.run(None, {"input_ids": ids, "attention_mask": mask, **feed})
+        return logits, caches
+
+    return run
+
+
+@pytest.mark.parametrize("last_token_logits", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layers", ["3,7,11", "0-11"])
+def test_a_row_padded_on_the_left_has_nan_for_logits(tmp_path, ids, dtype, last_token_logits, layers):
+    convert(MODEL, tmp_path / "out", layers=layers, dtype=dtype, allow_all=True)
+    export(tmp_path / "out", last_token_logits=last_token_logits)
+    run, prompts = plain(tmp_path / "out"), (ids[:7], ids[7:11], ids[:2])
+    batch, mask = np.zeros((3, 7), np.int64), np.zeros((3, 7), np.int64)
+    for row, prompt in enumerate(prompts):
+        batch[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    right, _ = run(batch, mask)
+    batch[2], mask[2] = np.roll(batch[2], 5), np.roll(mask[2], 5)
+    left, caches = run(batch, mask)
+    assert np.isfinite(right).all()
+    assert np.array_equal(left[:2], right[:2])
+    assert np.isnan(left[2]).all()
+    assert np.isfinite(caches).all()  # a service's next request lies in the same buffers
+    mask = np.pad(mask, ((0, 0), (0, 1)))
+    mask[[0, 1, 2], [7, 4, 7]] = 1
+    step, caches = run(np.full((3, 1), 7), mask, caches)
+    assert np.isfinite(step[:2]).all()
+    assert np.isnan(step[2]).all()
+    assert np.isfinite(caches).all()
+
+
 def test_last_token_logits(copy, oracle, ids):
     export(copy, last_token_logits=True)
     session = OnnxSession(copy)
@@ -681,23 +723,93 @@ def test_genai_gives_the_same_greedy_tokens(copy, oracle, ids, last_token_logits
     assert genai_tokens(copy, ids) == tokens
 
 
+def genai_model(directory: Path, prompts: list[list[int]]):
+    """genai's model, and what it goes on with after each prompt alone: 16 tokens."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(directory))
+    return model, [genai_batch(model, np.array([prompt]))[0] for prompt in prompts]
+
+
+def genai_batch(model, ids: np.ndarray) -> list[list[int]]:
+    import onnxruntime_genai as genai
+
+    parameters, width = genai.GeneratorParams(model), ids.shape[1]
+    length = {"max_length": width + 16, "min_length": width + 16}
+    parameters.set_search_options(batch_size=len(ids), do_sample=False, **length)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [generator.get_sequence(row)[width:].tolist() for row in range(len(ids))]
+
+
+@pytest.mark.parametrize("last_token_logits", [False, True])
+def test_genai_takes_a_batch_of_unequal_prompts(copy, ids, last_token_logits):
+    """It decodes with holes in the mask, as 1 1 0 0 1, and means the right thing."""
+    export(copy, last_token_logits=last_token_logits)
+    prompts = [ids, ids[:3], ids[4:11]]
+    model, single = genai_model(copy, prompts)
+    padded = [prompt + [2] * (len(ids) - len(prompt)) for prompt in prompts]  # 2: its pad
+    assert genai_batch(model, np.array(padded)) == single
+
+
+def test_the_engine_of_genai_takes_unequal_requests(copy, ids):
+    genai = pytest.importorskip("onnxruntime_genai")
+    prompts = [ids, ids[:3], ids[4:11]]
+    model, single = genai_model(copy, prompts)
+    engine, requests = genai.Engine(model), []
+
+    def begin(prompt: list[int]) -> None:
+        requests.append(engine.create_request())
+        options = genai.TurnOptions(requests[-1])
+        options.set_do_sample(False)
+        options.set_max_generated_tokens(16), options.set_min_generated_tokens(16)
+        requests[-1].begin_turn(np.array(prompt, np.int32), options)
+
+    begin(prompts[0]), begin(prompts[1])
+    events, tokens = engine.create_event_buffer(64), [[], [], []]
+    while engine.has_pending_requests():
+        for event in engine.run(events):
+            tokens[requests.index(event.request)].append(event.token)
+        if len(tokens[0]) == 4 and len(requests) == 2:  # one that joins others
+            begin(prompts[2])
+    assert tokens == single
+
+
 # -- docs/onnx.md ------------------------------------------------------------------------------------------------------
+
+
+def snippet(name: str) -> str:
+    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
+    return page.split(f"<!-- test: {name} -->\n```python\n")[1].split("```")[0]
 
 
 @pytest.mark.parametrize("name", ["plain", "genai", "session"])
 def test_the_ways_into_a_service(name, pruned, oracle, ids):
     if name == "genai":
         pytest.importorskip("onnxruntime_genai")
-    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
-    snippet = page.split(f"<!-- test: {name} -->\n```python\n")[1].split("```")[0]
     names = {"PRUNED": str(pruned), "PROMPT": TEXT, "prompt_ids": ids}
-    exec(snippet, names)
+    exec(snippet(name), names)
     oracle.reset()
     tokens, logits = list(ids), oracle.prefill([ids])
     for _ in range(32):
         tokens.append(int(logits.argmax()))
         logits = oracle.decode(tokens[-1:])
     assert list(map(int, names["tokens"])) == tokens
+
+
+@pytest.mark.parametrize("last_token_logits", [False, True])
+def test_a_batch_by_hand(copy, oracle, ids, last_token_logits):
+    export(copy, last_token_logits=last_token_logits)
+    prompts = [ids, ids[:3], ids[4:11]]
+    names = {"PRUNED": str(copy), "prompts": prompts}
+    exec(snippet("batch"), names)
+    for prompt, tokens in zip(prompts, names["tokens"], strict=True):
+        oracle.reset()
+        expected = [int(oracle.prefill([prompt]).argmax())]
+        while len(expected) < 32:
+            expected.append(int(oracle.decode(expected[-1:]).argmax()))
+        assert tokens == expected
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """``model.onnx``: the decoder as ONNX Runtime's fused operators, over the ``.safetensors`` bytes as they lie.
 
 Operators: ONNX opset 23 and com.microsoft (onnxruntime's ``docs/ContribOperators.md``). Inputs and outputs are those of
-onnxruntime-genai: ``input_ids`` (B, T) and ``attention_mask`` (B, past + T), both int64 and padded on the right,
+onnxruntime-genai: ``input_ids`` (B, T) and ``attention_mask`` (B, past + T), both int64 and padded on the right (a row
+whose mask does not begin with 1 has NaN for logits),
 ``past_key_values.{j}.key|value`` and ``present.{j}.key|value`` (B, KV heads, tokens, head size), ``logits``
 (B, T, V) float32; j counts kept attentions from 0. The graph is built as protobufs, since importing onnx-ir alone takes
 0.6 s.
@@ -10,6 +11,7 @@ onnxruntime-genai: ``input_ids`` (B, T) and ``attention_mask`` (B, past + T), bo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -209,6 +211,21 @@ class _Builder:
         index = self.node("Min", [last, end], "last_token.index")
         return self.node("Unsqueeze", [index, self.constant("axes_12", np.array([1, 2]))], "last_token.column")
 
+    def begins(self) -> str:
+        """(B, 1, 1) bool: whether each row's mask begins with 1, so that it is not padded on the left."""
+        column = self.node(
+            "Gather", ["attention_mask", self.constant("mask.first", np.array([[0]]))], "mask.begin", axis=1
+        )
+        return self.node("Cast", [column], "guard.begins", to=TensorProto.BOOL)
+
+    def guarded(self, x: str, begins: str) -> str:
+        """(B, T, C) ``x``, and NaN in rows that are padded on the left, whose attention takes pads for tokens.
+
+        After the layers, since a NaN in a cache buffer would outlive the request.
+        """
+        self.initializers["guard.nan"] = helper.make_tensor("guard.nan", self.element, [], [math.nan])
+        return self.node("Where", [begins, x, "guard.nan"], "guard")
+
     def model(self, last_token_logits: bool, metadata: dict[str, str]) -> ModelProto:
         d, slots = self.decoder, self.decoder.present("attention")
         if slots or last_token_logits:
@@ -217,7 +234,7 @@ class _Builder:
             self.rotary()
         # Of a node's inputs ONNX Runtime runs first what stands last in the file. So these columns, which stand before
         # the layers, wait until they are wanted, instead of keeping the GPU waiting for its first product.
-        columns = self.last_columns() if last_token_logits else None
+        columns, begins = self.last_columns() if last_token_logits else None, self.begins()
         residual = self.node("Gather", [self.tensor("model.embed_tokens.weight"), "input_ids"], "model.embed_tokens")
         update: str | None = None
         for layer in range(d.num_layers):
@@ -231,6 +248,7 @@ class _Builder:
         x, _ = self.norm(residual, update, "model.norm")
         if columns:  # (B, T, C) to (B, 1, C)
             x = self.node("GatherND", [x, columns], "last_token", batch_dims=1)
+        x = self.guarded(x, begins)
         head = self.tensor(self.checkpoint.head)
         wide = self.element != TensorProto.FLOAT  # widened on the device: hosts do it slowly, or cannot (bfloat16)
         logits = self.node(f"{_MICROSOFT}:FusedMatMul", [x, head], "lm_head" if wide else "logits", transB=1)

@@ -1,5 +1,9 @@
 """optimum's ``ORTModelForCausalLM`` on the CPU, one prompt at a time."""
 
+NOTE = (
+    "one prompt at a time, or prompts of one length: its generate pads a batch on the left, and such rows give token 0 "
+    "only (docs/onnx.md)"
+)
 LIMITS = {
     "grouped": (
         "Please fix either the inputs",

@@ -9,6 +9,7 @@ from typing import Any
 from export.companions import companions, tokenizer_class
 from export.shards import Entry
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor
+from pruner.checkpoint.config import read_decoder
 from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder
@@ -46,6 +47,15 @@ def output_config(checkpoint: Checkpoint, result: Decoder, dtype: str | None) ->
         if name:
             config["tokenizer_class"] = name
     return config
+
+
+def as_output(checkpoint: Checkpoint, result: Decoder, dtype: str | None) -> Checkpoint:
+    """The checkpoint that this output opens as, its tensors still where and as they lie in ``checkpoint``."""
+    config = output_config(checkpoint, result, dtype)
+    have, names = checkpoint.tensors, source_names(result)
+    tensors = {new: replace(have[old], name=new) for new, old in names.items() if old in have}
+    decoder = read_decoder(config, checkpoint.path / CONFIG)
+    return replace(checkpoint, config=config, decoder=decoder, tensors=tensors)
 
 
 def parse_size(text: str) -> int:

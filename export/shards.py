@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -225,19 +226,27 @@ def _pwrite_all(out: int, data: bytes | bytearray, position: int) -> None:
         view, position = view[count:], position + count
 
 
-def read_as(source: Tensor, files: OpenFiles, dtype: str) -> Iterator[bytes | bytearray]:
-    """The tensor's bytes in ``dtype`` (round to nearest even), some elements at a time. Imports torch to convert.
+def read_as(source: Tensor, files: OpenFiles, *dtypes: str) -> Iterator[bytes | bytearray]:
+    """The tensor's bytes in ``dtypes``, one after the other (round to nearest even), some elements at a time.
 
-    Raises ``PruneAttnError`` where a finite value overflows, which only float16 does with real weights.
+    Imports torch to convert. Raises ``PruneAttnError`` where a finite value overflows, which only float16 does with
+    real weights.
     """
-    if dtype == source.dtype:
-        yield from read_blocks(source, files)
-        return
+    blocks: Iterator[bytes | bytearray] = read_blocks(source, files)
+    for before, after in pairwise((source.dtype, *dtypes)):
+        if before != after:
+            blocks = _converted(blocks, before, after, source)
+    yield from blocks
+
+
+def _converted(
+    blocks: Iterator[bytes | bytearray], before: str, dtype: str, source: Tensor
+) -> Iterator[bytes | bytearray]:
     import torch
 
-    before, after = (getattr(torch, WEIGHT_DTYPES[name]) for name in (source.dtype, dtype))
-    for data in read_blocks(source, files):
-        values = torch.frombuffer(bytearray(data), dtype=before)
+    was, after = (getattr(torch, WEIGHT_DTYPES[name]) for name in (before, dtype))
+    for data in blocks:
+        values = torch.frombuffer(bytearray(data), dtype=was)
         converted = values.to(after)
         if bool((converted.isinf() & values.isfinite()).any()):
             largest = float(values[values.isfinite()].abs().max())

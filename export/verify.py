@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from export import record
 from export.companions import companions
-from export.layout import output_config, source_names
+from export.layout import as_output, source_names
 from export.shards import read_as
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.dtypes import safetensors_dtype
@@ -21,7 +21,7 @@ from pruner.hub.source import HubModel, find, names_repository
 from pruner.llama import Decoder
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
 from pruner.nemotron_nas import dialect
-from pruner.plan_files import read_plan
+from pruner.plan_files import recorded_plan
 
 
 @dataclass
@@ -135,10 +135,22 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Callable[
         result.problems += graph_problems(checkpoint, facts)
     if source is not None and not result.problems:
         assert facts is not None
-        result.problems += _source(output, facts, checkpoint, source)
+        steps = _since(facts, source)
+        if not steps:
+            result.problems.append(
+                f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
+            )
+            return
+        try:
+            made = _again(output, steps, source, result.problems)
+            result.problems += _source(output, checkpoint, made)
+        except PruneAttnError as error:
+            result.problems.append(str(error))
         if not result.problems:
-            left = source.decoder.without(facts["attention"], facts["mlp"])
-            compare_tensors(checkpoint, source, left, result, progress)
+            dtypes = [dtype for step in steps if (dtype := step.get("converted_to"))]
+            result.converted_to = dtypes[-1] if dtypes else None
+            through = [safetensors_dtype(dtype) for dtype in dtypes[:-1]]
+            compare_tensors(checkpoint, made, made.decoder, result, progress, through)
 
 
 def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
@@ -174,32 +186,45 @@ def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> I
         yield f"{path}: {sorted(checkpoint.config.keys() - written.keys())[0]!r} does not belong there; convert again"
 
 
-def _source(output: Path, facts: dict[str, Any], checkpoint: Checkpoint, source: Checkpoint) -> Iterator[str]:
-    found = source.fingerprint()
-    if any(facts["source"].get(key) != found[key] for key in ("config_sha256", "shards")):  # wherever it lies
-        yield f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
-        return
-    try:
-        plan = read_plan(output / PLAN_FILE, source)
+def _since(facts: dict[str, Any], source: Checkpoint) -> list[dict[str, Any]]:
+    """The steps in which the output was made from ``source``, wherever that lies; empty where it was not."""
+    found, steps = source.fingerprint(), record.steps(facts)
+    for start in reversed(range(len(steps))):
+        if all(steps[start]["source"].get(key) == found[key] for key in ("config_sha256", "shards")):
+            return steps[start:]
+    return []
+
+
+def _again(output: Path, steps: list[dict[str, Any]], source: Checkpoint, problems: list[str]) -> Checkpoint:
+    """What these steps make of ``source``, where its tensors still lie; adds what the record says otherwise.
+
+    Raises ``PruneAttnError`` where a step cannot be taken.
+    """
+    path, made = output / PLAN_FILE, source
+    for number, step in enumerate(steps):
+        plan = recorded_plan(step, path, made)
         nothing = plan.strategy == "none"  # an export of an unpruned model
-        left = source.decoder if nothing else plan.check(source.decoder, allow_first_layer=True, allow_all=True)
-    except PruneAttnError as error:
-        yield str(error)
-        return
-    dtype = facts.get("converted_to")
-    made = record.make_record(plan, source, left, dtype) | {"tool": facts.get("tool")}
-    for key in made.keys() - {"source"}:  # compared above; its name may differ
-        if facts.get(key) != made[key]:
-            yield f"{output / PLAN_FILE}: {key!r} is not what converting {source.path} gives; convert again"
-    if checkpoint.config != output_config(source, left, dtype and safetensors_dtype(dtype)):
-        yield f"{output / CONFIG}: is not what converting {source.path} gives; convert again"
-    names = source_names(left)
-    stored = {new for new, old in names.items() if old in source.tensors}
-    for name in sorted(stored ^ checkpoint.tensors.keys()):
-        yield f"{output}: tensor {name!r} should {'' if name in stored else 'not '}be there; convert again"
-    for name, data in companions(source).items():
+        left = made.decoder if nothing else plan.check(made.decoder, allow_first_layer=True, allow_all=True)
+        dtype = step.get("converted_to")
+        facts = record.make_record(plan, made, left, dtype) | {"tool": step.get("tool")}
+        if number:  # what went before was not read from the directory in between, which is not there
+            facts |= {"previous": step.get("previous"), "original": steps[0].get("original")}
+        for key in facts.keys() - {"source"}:  # compared already; its name may differ
+            if step.get(key) != facts[key]:
+                problems.append(f"{path}: {key!r} is not what converting {source.path} gives; convert again")
+        made = as_output(made, left, dtype and safetensors_dtype(dtype))
+    return made
+
+
+def _source(output: Path, checkpoint: Checkpoint, made: Checkpoint) -> Iterator[str]:
+    """Where the output is not what was ``made`` of its source again."""
+    if checkpoint.config != made.config:
+        yield f"{output / CONFIG}: is not what converting {made.path} gives; convert again"
+    for name in sorted(made.tensors.keys() ^ checkpoint.tensors.keys()):
+        yield f"{output}: tensor {name!r} should {'' if name in made.tensors else 'not '}be there; convert again"
+    for name, data in companions(made).items():
         if not (output / name).is_file() or (output / name).read_bytes() != data:
-            yield f"{output / name}: is not {source.path}'s; convert again"
+            yield f"{output / name}: is not {made.path}'s; convert again"
 
 
 def compare_tensors(
@@ -208,8 +233,12 @@ def compare_tensors(
     left: Decoder,
     result: Verification,
     progress: Callable[[int, int], None] | None,
+    through: Iterable[str] = (),
 ) -> None:
-    """Compare every tensor's bytes, in the order in which they lie on disk; memory is two chunks."""
+    """Compare every tensor's bytes, in the order in which they lie on disk; memory is two chunks.
+
+    ``through``: dtypes (safetensors names) that the source's were converted to in between.
+    """
     names = source_names(left)
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (str(t.path), t.start))
     total, done = checkpoint.nbytes, 0
@@ -217,7 +246,7 @@ def compare_tensors(
         for tensor in tensors:
             original = source.tensors[names[tensor.name]]
             position = tensor.start
-            for chunk in read_as(original, files, tensor.dtype):
+            for chunk in read_as(original, files, *through, tensor.dtype):
                 if os.pread(files.fd(tensor.path), len(chunk), position) != chunk:
                     result.problems.append(
                         f"{tensor.path}: {tensor.name!r} is not the source's (first difference after byte "

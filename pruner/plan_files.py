@@ -46,6 +46,11 @@ def read_plan(path: str | os.PathLike[str] | PruningPlan, checkpoint: Checkpoint
     raise PruneAttnError(f"{path}: is not a plan; expected prune-attn's, EvoPress's or LLM-Drop's")
 
 
+def recorded_plan(record: dict[str, Any], path: Path, checkpoint: Checkpoint) -> PruningPlan:
+    """The plan of a record, or of one that went before it, for a ``checkpoint`` known to be its source."""
+    return _read_ours(path, record | {"source": None}, checkpoint)
+
+
 def _ints(path: Path, data: dict[str, Any], key: str) -> tuple[int, ...]:
     value = data.get(key) or []
     if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):

@@ -10,7 +10,7 @@ import pytest
 from conftest import SHIPPED, edit_config
 
 from export import convert, verify
-from pruner import PruneAttnError
+from pruner import PruneAttnError, open_checkpoint
 
 
 @pytest.fixture
@@ -135,3 +135,45 @@ def test_plans_that_were_tampered_with(out, damage):
     (out / "pruning_plan.json").write_text(json.dumps(record | damage))
     found(out, "", SHIPPED)
     verify(out)  # whatever it says, it does not crash
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"layers": "9"}, {"layers": "5"}],
+        [{"layers": "2,9", "dtype": "bfloat16"}, {"drop": 1, "sublayer": "mlp"}, {"layers": "5", "dtype": "float32"}],
+        [{"drop": 2, "sublayer": "block"}, {"layers": "4", "sublayer": "block"}, {"layers": "3"}],
+        [{"layers": "5"}, {"layers": "5", "sublayer": "mlp"}],  # a whole block in the end
+    ],
+)
+def test_pruned_again_and_again(tmp_path, steps):
+    """Against the first original and against what lay between, byte for byte; a wrong one is found."""
+    places = [SHIPPED, *(tmp_path / str(i) for i in range(len(steps)))]
+    for before, after, options in zip(places, places[1:], steps, strict=False):
+        convert(before, after, onnx=False, **options)
+    out = places[-1]
+    for place in places[:-1]:
+        result = verify(out, place)
+        assert result.ok, result.problems
+        assert result.compared == len(open_checkpoint(out).tensors)
+    text = (out / "README.md").read_text()
+    for number, (step, place) in enumerate(zip(steps[:-1], places, strict=False), 1):
+        name = "mlp" if step.get("sublayer") == "mlp" else "attention"
+        layers = json.loads((places[number] / "pruning_plan.json").read_text())[name]
+        assert f"- step {number} before, from `{place.name}`: {'MLP' if name == 'mlp' else name} at layers " in text
+        assert f"at layers {', '.join(map(str, layers))}" in text
+
+    plan = json.loads((out / "pruning_plan.json").read_text())
+    shutil.rmtree(places[1])  # what lay between is not needed
+    assert verify(out, SHIPPED).ok
+    other = plan["previous"] | {"sublayer": "mixed", "order": None, "attention": [1], "mlp": []}
+    (out / "pruning_plan.json").write_text(json.dumps(plan | {"previous": other}))
+    found(out, "is not what converting", SHIPPED)
+    (out / "pruning_plan.json").write_text(json.dumps(plan | {"previous": None}))
+    found(out, "another model", SHIPPED)
+    (out / "pruning_plan.json").write_text(json.dumps(plan))
+    shard = next(out.glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    found(out, "is not the source's", SHIPPED)

@@ -143,6 +143,7 @@ def convert(
     else:
         checkpoint = model.headers if afar else open_checkpoint(model.fetch(progress=progress))
     source = checkpoint.path
+    record.read_record(checkpoint.path)  # a damaged one is refused before any work
     check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
     partial = partial_path(output.with_name(f"{output.name}.plan"))
     chosen = choose(

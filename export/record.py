@@ -14,10 +14,10 @@ from export.layout import output_decoder
 from pruner import __version__
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
-from pruner.files import read_json
 from pruner.llama import Decoder
 from pruner.names import CARD, GENAI_CONFIG, GRAPH, PLAN_FILE
-from pruner.plan import FORMAT, PruningPlan, original_counts
+from pruner.plan import PruningPlan, original_counts
+from pruner.record import read_record
 
 # A person may edit the card, and export may write these two again; verify holds the graph against the shards instead.
 REWRITABLE = (CARD, GRAPH, GENAI_CONFIG)
@@ -68,51 +68,20 @@ def dump(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """The record in a directory that this tool wrote; ``None`` where there is none, or somebody else's file."""
-    try:
-        file = directory / PLAN_FILE
-        record = read_json(file) if file.is_file() else None
-    except (OSError, PruneAttnError):
-        return None
-    return record if record is not None and record.get("format") == FORMAT and _well_formed(record) else None
-
-
-def _well_formed(record: dict[str, Any]) -> bool:
-    """Whether what this tool reads of a record has the types that it writes."""
-    files = record.get("files")
-    return (
-        isinstance(files, dict)
-        and all(isinstance(fact, dict) and 0 < len(name) < 200 for name, fact in files.items())
-        and all(map(_is_step, steps(record)))
-    )
-
-
 def steps(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The record and those, without files, of the prunings that went before it; the first one first."""
     found = [record]
-    while isinstance(found[0], dict) and found[0].get("previous") is not None:
+    while found[0].get("previous") is not None:
         found.insert(0, found[0]["previous"])
     return found
 
 
-def _is_step(step: Any) -> bool:
-    if not isinstance(step, dict) or not isinstance(source := step.get("source"), dict):
-        return False
-    hub = source.get("hub", {"repo_id": "", "commit": ""})
-    texts = [source.get("name"), step.get("strategy"), step.get("requested") or ""]
-    layers = [step.get("attention"), step.get("mlp")]
-    return (
-        isinstance(hub, dict)
-        and all(isinstance(text, str) for text in (*texts, hub.get("repo_id"), hub.get("commit")))
-        and step.get("converted_to") in (None, "float16", "bfloat16", "float32")
-        and all(isinstance(x, list) and all(type(i) is int for i in x) for x in layers)
-    )
-
-
 def not_ours(directory: Path) -> str | None:
     """Why a directory is not wholly this tool's work; ``None`` where it is, so that replacing it loses nothing."""
-    record = read_record(directory)
+    try:
+        record = read_record(directory)
+    except PruneAttnError:
+        record = None
     if record is None:
         return "was not written by prune-attn"
     if (directory / ".git").exists():

@@ -11,7 +11,8 @@ from typing import Any
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.source import fetch
-from pruner.plan import FORMAT, PruningPlan
+from pruner.plan import PruningPlan
+from pruner.record import FORMAT
 from pruner.select.choose import selection
 from pruner.select.request import check_useful
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from export.shards import read_as
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.dtypes import safetensors_dtype
 from pruner.errors import MachineError, PruneAttnError
-from pruner.files import expand
+from pruner.files import expand, open_regular
 from pruner.hub.source import HubModel, find, names_repository
 from pruner.llama import Decoder
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
 from pruner.nemotron_nas import dialect
 from pruner.plan_files import recorded_plan
+
+_MOST_FILES_NAMED = 100  # that are missing, changed or strangers; more of them say nothing new
 
 
 @dataclass
@@ -117,9 +120,13 @@ def _fetched(model: HubModel, progress: Callable[..., None] | None) -> tuple[Pat
 def _verify(result: Verification, source: Checkpoint | None, progress: Callable[..., None] | None) -> None:
     """Find the problems of ``result.path``, a directory."""
     output = result.path
-    facts = record.read_record(output)
-    if facts is None:
-        result.problems.append(f"{output / PLAN_FILE}: missing or not prune-attn's; was this directory converted?")
+    try:
+        facts = record.read_record(output)
+        if facts is None:
+            result.problems.append(f"{output / PLAN_FILE}: missing or not prune-attn's; was this directory converted?")
+    except PruneAttnError as error:
+        facts = None
+        result.problems.append(str(error))
     try:
         checkpoint = open_checkpoint(output)
     except PruneAttnError as error:
@@ -128,7 +135,7 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Callable[
     if facts is not None:
         result.converted_to = facts.get("converted_to")
         result.problems += _structure(output, facts, checkpoint)
-        result.problems += _files(output, facts, checkpoint)
+        result.problems += islice(_files(output, facts, checkpoint), _MOST_FILES_NAMED)
     if (output / GRAPH).exists():
         from export.onnx.staleness import graph_problems
 
@@ -171,7 +178,8 @@ def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Itera
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:

@@ -77,6 +77,7 @@ def lay_out(
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     checkpoint = open_checkpoint(source)
     decoder = checkpoint.decoder
+    record.read_record(checkpoint.path)  # a damaged one is refused before any work
     check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
     config = output_config(checkpoint, decoder, target_dtype)
     shards = plan_shards(output_entries(checkpoint, decoder, target_dtype), max_bytes, config)

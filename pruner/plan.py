@@ -7,6 +7,7 @@ LLM-Drop's ``drop_attn_list`` / ``drop_mlp_list`` (a ``config.json`` that has th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,11 +15,9 @@ from typing import Any
 
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
-from pruner.files import read_json
 from pruner.llama import SUBLAYERS, Decoder
-from pruner.names import PLAN_FILE
+from pruner.record import FORMAT, LONGEST_REQUEST, MOST_LAYERS, read_record
 
-FORMAT = "prune-attn plan"
 VERSION = 1
 
 
@@ -62,7 +61,7 @@ class PruningPlan:
         if count > len(self.order):
             hint = percentage_meant(drop, original_counts(checkpoint)[self.sublayer])
             raise PruneAttnError(f"--drop {drop}: the plan's order has only {len(self.order)} layers; drop fewer{hint}")
-        first = (self.sets or {}).get(count, self.order[:count])
+        first = set((self.sets or {}).get(count, self.order[:count]))
         order = tuple(sorted(self.order, key=lambda layer: layer not in first))  # stable: otherwise as it was
         plan = PruningPlan.of(self.sublayer, self.strategy, order, count, drop)
         plan = replace(plan, source=self.source, sets=self.sets, selection=self.selection)
@@ -93,9 +92,9 @@ class PruningPlan:
         """The decoder that is left. Raises ``PruneAttnError`` for a plan that this decoder must not or cannot get."""
         for kind, layers in (("attention", self.attention), ("mlp", self.mlp)):
             if len(set(layers)) != len(layers):
-                twice = next(i for i in layers if layers.count(i) > 1)
+                twice = Counter(layers).most_common(1)[0][0]
                 raise PruneAttnError(f"layer {twice} is given twice; name each layer once")
-            present = decoder.present(kind)
+            present = set(decoder.present(kind))
             for layer in layers:
                 if not 0 <= layer < decoder.num_layers:
                     raise PruneAttnError(
@@ -151,7 +150,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise PruneAttnError(f"--layers {text!r} is written wrongly; write for example 22-29,31")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(layers) + last - first >= MOST_LAYERS or len(text) > LONGEST_REQUEST:
+            raise PruneAttnError(f"--layers {text!r} names more than {MOST_LAYERS:,} layers, which no model has")
+        layers += range(first, last + 1)
     return tuple(layers)
 
 
@@ -161,14 +163,9 @@ def original_counts(checkpoint: Checkpoint) -> dict[str, int]:
     Numbering stays when sublayers go, so it is the number of layers, except where whole blocks went and the rest was
     renumbered: then the ``pruning_plan.json`` beside the weights knows.
     """
-    layers, file = checkpoint.decoder.num_layers, checkpoint.path / PLAN_FILE
-    try:
-        recorded = read_json(file) if file.is_file() else {}
-        original = recorded["original"]["num_hidden_layers"]
-        if recorded["format"] == FORMAT and isinstance(original, int):
-            layers = max(layers, original)
-    except (OSError, PruneAttnError, KeyError, TypeError):
-        pass  # never pruned by us, or somebody's own file
+    layers, record = checkpoint.decoder.num_layers, read_record(checkpoint.path)
+    if record and record.get("original"):
+        layers = max(layers, record["original"]["num_hidden_layers"])
     return dict.fromkeys(SUBLAYERS, layers)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pruner.checkpoint import Checkpoint
-from pruner.errors import PruneAttnError
+from pruner.errors import PruneAttnError, printable
 from pruner.files import JSON_BYTES, expand, parse_json, read_bounded
 from pruner.llama import SUBLAYERS
 from pruner.names import CONFIG, PLAN_FILE
-from pruner.plan import FORMAT, VERSION, PruningPlan, only_present
+from pruner.plan import VERSION, PruningPlan, only_present
+from pruner.record import FORMAT, LONGEST_REQUEST, SOURCE, is_layers, misfit
 
 
 def read_plan(path: str | os.PathLike[str] | PruningPlan, checkpoint: Checkpoint) -> PruningPlan:
@@ -53,8 +54,8 @@ def recorded_plan(record: dict[str, Any], path: Path, checkpoint: Checkpoint) ->
 
 def _ints(path: Path, data: dict[str, Any], key: str) -> tuple[int, ...]:
     value = data.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-        raise PruneAttnError(f"{path}: {key!r} must be a list of layer numbers; make the plan again")
+    if not is_layers(value):
+        raise PruneAttnError(f"{path}: {key!r} must be a list of layer numbers, each once; make the plan again")
     return tuple(value)
 
 
@@ -77,11 +78,11 @@ def _read_ours(path: Path, data: dict[str, Any], checkpoint: Checkpoint) -> Prun
     requested, selection = data.get("requested"), data.get("selection")
     return PruningPlan(
         sublayer,
-        str(data.get("strategy")),
+        printable(str(data.get("strategy")), 100),
         attention,
         mlp,
         order,
-        requested if isinstance(requested, str) else None,
+        requested[:LONGEST_REQUEST] if isinstance(requested, str) else None,
         source,
         _read_sets(path, data, order),
         selection if isinstance(selection, dict) else None,
@@ -102,20 +103,17 @@ def _read_sets(path: Path, data: dict[str, Any], order: tuple[int, ...] | None) 
 
 
 def _check_made_for(path: Path | str, source: Any, checkpoint: Checkpoint) -> None:
+    if misfit(source, SOURCE, "source"):
+        raise PruneAttnError(f"{path}: does not say which model it was made for; make the plan again")
     present = checkpoint.fingerprint()
-    try:
-        differs = []
-        if source["config_sha256"] != present["config_sha256"]:
-            differs.append(CONFIG)
-        theirs = {name: shard["header_sha256"] for name, shard in source["shards"].items()}
-        ours = {name: shard["header_sha256"] for name, shard in present["shards"].items()}
-        differs += sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    except (KeyError, TypeError, AttributeError):
-        raise PruneAttnError(f"{path}: does not say which model it was made for; make the plan again") from None
+    differs = [] if source["config_sha256"] == present["config_sha256"] else [CONFIG]
+    theirs = {name: shard["header_sha256"] for name, shard in source["shards"].items()}
+    ours = {name: shard["header_sha256"] for name, shard in present["shards"].items()}
+    differs += sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if differs:
         more = f" and {len(differs) - 1} more" if len(differs) > 1 else ""
         raise PruneAttnError(
-            f"{path}: was made for another model ({source.get('name', '?')}): {differs[0]}{more} differs from "
+            f"{path}: was made for another model ({source['name']}): {differs[0]}{more} differs from "
             f"{checkpoint.path}; to drop the same layers all the same, name them with --layers"
         )
 

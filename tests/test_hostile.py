@@ -10,13 +10,13 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import SHIPPED
 
-from export import convert
+from export import convert, export, verify
 from pruner import PruneAttnError
 
 
@@ -84,11 +84,11 @@ def test_a_directory_with_a_hostile_name(cli, tmp_path):
 
 
 def test_what_a_model_says_cannot_move_the_cursor(monkeypatch, capsys):
-    from export.cli import main as cli
+    from export.cli import show
 
-    cli._write_text("as\x1bit\tis\n")
+    show.write_text("as\x1bit\tis\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    cli._write_text("\x1b[2J\x07\nzero\u200cwidth\t\x9bm")
+    show.write_text("\x1b[2J\x07\nzero\u200cwidth\t\x9bm")
     assert capsys.readouterr().out == "as\x1bit\tis\n\\x1b[2J\\x07\nzero\u200cwidth\t\\x9bm"
 
 
@@ -158,3 +158,115 @@ def test_a_header_of_95_megabytes(source):
     assert 90_000_000 < len(header) < 100_000_000
     (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     refused_soon("inspect", source, match="model.safetensors: ")
+
+
+@pytest.mark.parametrize("layers", ["0-99999,99999", ",".join(["0-9999"] * 500), ",".join(["3"] * 20_000)])
+def test_layers_that_no_model_has(source, layers):
+    refused_soon("convert", source, source.parent / "out", "--layers", layers, seconds=5)
+
+
+@pytest.mark.parametrize("form", ["ours", "llm-drop"])
+def test_plans_with_200_000_repeats(source, tmp_path, form):
+    plan = tmp_path / "plan.json"
+    layers = [*range(1, 100_000), *range(1, 100_000)]
+    ours = {"format": "prune-attn plan", "version": 1, "sublayer": "mixed", "attention": layers, "mlp": []}
+    plan.write_text(json.dumps(ours if form == "ours" else {"drop_attn_list": layers, "drop_mlp_list": []}))
+    refused_soon("convert", source, tmp_path / "out", "--plan", plan, seconds=5, match="plan.json: ")
+
+
+def test_a_record_of_100_000_files(cli, source, tmp_path):
+    out = tmp_path / "out"
+    cli("convert", source, out, "--layers", "3", check=0)
+    plan = json.loads((out / "pruning_plan.json").read_text())
+    for count in (100_000, 9_000):
+        files = plan["files"] | {f"f{i}": {"size": 1, "sha256": "0"} for i in range(count)}
+        (out / "pruning_plan.json").write_text(json.dumps(plan | {"files": files}))
+        done = cli("verify", out, check=1, timeout=20)
+        assert 0 < len(done.stderr.splitlines()) <= 101
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """The path of every value inside a JSON value; of lists the first item stands for all."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def refusal(work: Callable[[], object]) -> str | None:
+    """What bad input is told, if it is refused."""
+    try:
+        work()
+    except PruneAttnError as error:
+        return str(error) if error.exit_code == 2 else pytest.fail(str(error))
+    return None
+
+
+def test_a_pruned_source_whose_plan_has_wrong_types(tmp_path):
+    """Whatever its plan says, a directory is pruned once more, or refused by the plan's name."""
+    hub = tmp_path / "models--o--n" / "snapshots" / ("0" * 40)
+    shutil.copytree(SHIPPED, hub)
+    convert(hub, tmp_path / "once", layers="3", onnx=False)
+    twice = tmp_path / "twice"
+    convert(tmp_path / "once", twice, layers="5", onnx=False)
+    text = (twice / "pruning_plan.json").read_text()
+    wrong = [None, 5, "x", [], {}, [[]], {"x": {}}, True, -1, "\\ud800"]
+    tried = 0
+    for i, place in enumerate(places(json.loads(text))):
+        for value in (wrong[i % len(wrong)], wrong[(i + 3) % len(wrong)]):
+            record = json.loads(text)
+            inner = record
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = value
+            (twice / "pruning_plan.json").write_text(json.dumps(record).replace("\\\\ud800", "\\ud800"))
+            tried += 1
+            problem = refusal(lambda: convert(twice, tmp_path / "out", layers="7", onnx=False, overwrite=True))
+            if problem is None:
+                assert verify(tmp_path / "out", twice)
+            else:
+                assert "pruning_plan.json: " in problem, (place, value)
+            verify(twice, tmp_path / "once")  # whatever it says, it does not crash
+    assert tried > 100
+
+
+def test_graphs_whose_metadata_and_constants_have_wrong_types(cli, source, tmp_path):
+    import onnx
+
+    out = tmp_path / "out"
+    cli("convert", source, out, "--layers", "3", check=0)
+    whole = onnx.load(out / "model.onnx", load_external_data=False)
+
+    def metadata(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
+        def edit(model: onnx.ModelProto) -> None:
+            next(p for p in model.metadata_props if p.key.endswith(key)).value = value
+
+        return edit
+
+    def constant(**fields: object) -> Callable[[onnx.ModelProto], None]:
+        def edit(model: onnx.ModelProto) -> None:
+            tensor = next(t for t in model.graph.initializer if t.name == "rotary.inv_freq")
+            for name, value in fields.items():
+                setattr(tensor, name, value)
+
+        return edit
+
+    edits = [metadata(key, value) for key in ("options", "shards") for value in (
+        "5", "[]", "", "{", '"x"', "[" * 100_000, '{"context": "x"}', '{"context": -5, "last_token_logits": 3}',
+        '{"model.safetensors": 5}', '{"model.safetensors": {"size": "\\ud800", "header_sha256": []}}', "NaN",
+        '{"\\u001b]0;x": {"size": [], "header_sha256": {}}}', '{"context": 1e999, "last_token_logits": false}',
+    )]  # fmt: skip
+    edits += [constant(raw_data=b"abc"), constant(raw_data=b""), constant(data_type=onnx.TensorProto.STRING),
+              constant(data_type=99), constant(data_location=onnx.TensorProto.EXTERNAL)]  # fmt: skip
+    edits.append(lambda model: model.graph.node[3].attribute.add(name="epsilon"))
+    for i, edit in enumerate(edits):
+        model = onnx.ModelProto()
+        model.CopyFrom(whole)
+        edit(model)
+        (out / "model.onnx").write_bytes(model.SerializeToString())
+        problems = verify(out).problems
+        assert problems, i
+        assert all("model.onnx" in problem for problem in problems)
+        assert refusal(lambda: export(out, accept_changes=True)) is None, i  # the cure that is named
+        assert verify(out), i

@@ -6,6 +6,8 @@ The graph's metadata carries every shard's size and the SHA-256 of its header, w
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from export.onnx.graph import OPTIONS, SHARDS, VERSION, build_graph
 from export.onnx.rope import inverse_frequencies
 from pruner.checkpoint import CONFIG, Checkpoint
 from pruner.errors import PruneAttnError
-from pruner.files import parse_json, read_json
+from pruner.files import parse_json, read_bounded, read_json
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
+
+_GRAPH_BYTES = 64 << 20  # without its weights a 7B's has 1 MB
 
 
 class DamagedGraphError(PruneAttnError):
@@ -30,12 +34,12 @@ class DamagedGraphError(PruneAttnError):
 
 def read_graph(path: Path) -> onnx.ModelProto:
     """``model.onnx`` without its weights. Raises ``PruneAttnError`` where it is missing, damaged or not ours."""
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path):
         output = "" if (path.parent / PLAN_FILE).is_file() else " OUTPUT"
-        raise PruneAttnError(f"{path}: is missing; write it with prune-attn export {path.parent}{output}") from None
-    except DecodeError:
+        raise PruneAttnError(f"{path}: is missing; write it with prune-attn export {path.parent}{output}")
+    try:
+        model = onnx.load_model_from_string(read_bounded(path, _GRAPH_BYTES))
+    except (DecodeError, PruneAttnError):
         model = None
     if model is None or not model.graph.node:
         raise DamagedGraphError(f"{path}: is damaged; write it again with prune-attn export {path.parent}")
@@ -52,9 +56,11 @@ def metadata(model: onnx.ModelProto) -> dict[str, str]:
 def graph_options(model: onnx.ModelProto) -> GraphOptions:
     """What the graph was built with; the model's own where its metadata does not say."""
     try:
-        return GraphOptions(**parse_json(metadata(model)[OPTIONS], GRAPH))
+        options = GraphOptions(**parse_json(metadata(model)[OPTIONS], GRAPH))
     except (KeyError, TypeError, PruneAttnError):
         return GraphOptions()
+    whole = options.context is None or (type(options.context) is int and options.context > 0)
+    return options if whole and isinstance(options.last_token_logits, bool) else GraphOptions()
 
 
 def changes(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
@@ -64,6 +70,8 @@ def changes(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
         made_over = parse_json(metadata(model)[SHARDS], GRAPH)
         expected = {name: (fact["size"], fact["header_sha256"]) for name, fact in made_over.items()}
     except (KeyError, TypeError, PruneAttnError):
+        expected = None
+    if expected is None or len(expected) > 2 * len(checkpoint.shards) + 100:
         yield f"{checkpoint.path / GRAPH}: its list of shards is damaged; {cure}"
         return
     for shard in checkpoint.shards:
@@ -83,13 +91,20 @@ def changes(model: onnx.ModelProto, checkpoint: Checkpoint) -> Iterator[str]:
 def _other_configuration(model: onnx.ModelProto, checkpoint: Checkpoint) -> str | None:
     """What the graph holds of the configuration and the shards do not show, where it differs."""
     decoder = checkpoint.decoder
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, float] = {}
     for node in model.graph.node:
-        attributes |= {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name not in attributes}
+        for a in node.attribute:
+            if a.type in (onnx.AttributeProto.INT, onnx.AttributeProto.FLOAT):
+                attributes.setdefault(a.name, a.f if a.type == onnx.AttributeProto.FLOAT else a.i)
     constants = {t.name: t for t in model.graph.initializer if t.name.startswith("rotary.")}
 
-    def constant(name: str, default: float) -> np.ndarray:
-        return onnx.numpy_helper.to_array(constants[name]) if name in constants else np.float32(default)
+    def constant(name: str, default: float) -> np.ndarray | np.float32:
+        tensor = constants.get(name)
+        if tensor is None:
+            return np.float32(default)
+        sound = tensor.data_type == onnx.TensorProto.FLOAT and tensor.data_location != onnx.TensorProto.EXTERNAL
+        sound = sound and len(tensor.raw_data) == 4 * math.prod(tensor.dims)
+        return onnx.numpy_helper.to_array(tensor) if sound else np.float32("nan")
 
     expected: dict[str, tuple[Any, Any]] = {
         "rms_norm_eps": (attributes.get("epsilon"), float(checkpoint.config.get("rms_norm_eps", 1e-6)))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pruner
-from export.record import read_record
 from pruner.checkpoint import Checkpoint
 from pruner.machine import PACKAGES, cpu_name, package_version, threads
+from pruner.record import read_record
 from pruner.summary import totals
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from export.record import read_record
 from export.verify import Verification, compare_tensors
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.model import LanguageModel, TorchLanguageModel
+from pruner.record import read_record
 
 # Relative error of logits that rounding explains. Bit-equality is expected in PyTorch; another order of summation (a
 # tensor aligned differently) is forgiven only where every tensor was compared byte for byte.

@@ -8,14 +8,15 @@ from typing import Any
 
 from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.companions import LICENCE, USE, is_companion
-from pruner.checkpoint.meta_files import TOKENIZER, meta_files
+from pruner.checkpoint.meta_files import TOKENIZER, meta_files, tokenizer_json
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Relative name (with ``/``) to bytes of everything that comes along, sorted; links are followed.
 
-    With Meta's distribution come the files that Hugging Face's form has and it lacks, and the licence that its
-    ``download.sh`` puts above it, where the tokenizer lies there too.
+    Where there is ``tokenizer.model`` alone, ``tokenizer.json`` is made of it. With Meta's distribution come the files
+    that Hugging Face's form has and it lacks, and the licence that its ``download.sh`` puts above it, where the
+    tokenizer lies there too.
     """
     source, files = checkpoint.path, {}
     found = _matching(source, USE + LICENCE)
@@ -23,6 +24,8 @@ def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
         files = meta_files(source)
         if TOKENIZER in files and TOKENIZER not in found:
             found = _matching(source.resolve().parent, LICENCE) | found
+    elif "tokenizer.json" not in found and (made := tokenizer_json(source)) is not None:
+        files["tokenizer.json"] = made
     files |= {name: path.read_bytes() for name, path in found.items()}
     return dict(sorted(files.items()))
 

@@ -49,9 +49,16 @@ def does_not_load(output: Checkpoint, onnx: bool) -> set[str]:
 
     if why_no_gguf(output):
         engines.add("llama.cpp")
+    if not (output.path / TOKENIZER_JSON).is_file():
+        engines.add("onnxruntime-genai")
     return engines
 
 
+TOKENIZER_JSON = "tokenizer.json"
+NO_TOKENIZER = (
+    "there is no tokenizer.json and none could be made of a tokenizer.model, so onnxruntime-genai loads no tokenizer "
+    "here; write one with transformers' AutoTokenizer.save_pretrained and convert again"
+)
 RUNS_ON = {
     "float32": "float32 runs on the CPU: ONNX Runtime has no CUDA attention kernel for it",
     "float16": "float16 runs on CUDA, and on the CPU slowly",

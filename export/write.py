@@ -12,7 +12,7 @@ from typing import Any
 from export import record
 from export.card import model_card, read_card
 from export.companions import companions
-from export.engines import RUNS_ON, does_not_load, engine_notes_for
+from export.engines import NO_TOKENIZER, RUNS_ON, TOKENIZER_JSON, does_not_load, engine_notes_for
 from export.layout import _as, output_config, output_entries, parse_size
 from export.licence import NOTICE, licence_notes, llama_licence
 from export.onnx import GraphOptions
@@ -132,6 +132,9 @@ def _write(
     output = open_checkpoint(directory)
     runtime = [] if options is None else _write_runtime_files(output, facts, options, conversion.notes)
     engine_notes = engine_notes_for(result, config) if config["model_type"] == dialect.MODEL_TYPE else []
+    if runtime and TOKENIZER_JSON not in along:
+        conversion.notes.append(NO_TOKENIZER)
+        engine_notes.append(NO_TOKENIZER)
     card = model_card(
         facts,
         config,

@@ -556,3 +556,72 @@ def test_formats_that_are_not_read_are_named(shipped, tmp_path):
     save(source / "model.safetensors", state)
     refused(r"model\.safetensors: is a PyTorch file; call it pytorch_model\.bin")
     assert SHIPPED.is_dir()
+
+
+# -- Hugging Face's form with the slow tokenizer alone -----------------------------------------------------------------
+
+
+def slow_source(tmp_path: Path, **config: object) -> Path:
+    source = tmp_path / "slow"
+    shutil.copytree(SHIPPED, source)
+    (source / "tokenizer.json").unlink()
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return source
+
+
+def test_a_slow_tokenizer_becomes_a_fast_one(tmp_path):
+    """Pieces by SentencePiece itself; what the source's other files add, by transformers' reading of the source."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    pad = {"content": "[PAD]", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    source = slow_source(tmp_path, add_bos_token=False, add_eos_token=True, added_tokens_decoder={"4096": pad})
+    (source / "added_tokens.json").write_text('{"<extra>": 4097, "[PAD]": 4096}')
+    before = {p.name for p in source.iterdir()}
+    convert(source, tmp_path / "out", drop=4)
+    assert {p.name for p in source.iterdir()} == before
+    made = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    pieces = SentencePieceProcessor(model_file=str(SHIPPED / "tokenizer.model"))
+    for text in ("Once upon a time", "  two  spaces\n\nnew lines ", "été — 漢字 🙂", "x"):
+        assert made.encode(text).ids == [*pieces.encode(text), 2]
+    assert made.encode("a[PAD]").ids == AutoTokenizer.from_pretrained(source)("a[PAD]")["input_ids"]
+    assert made.token_to_id("<extra>") == 4097
+    assert "### onnxruntime-genai" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out", source).ok
+    shipped = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    (source / "added_tokens.json").unlink()
+    (source / "tokenizer_config.json").unlink()
+    export(source, tmp_path / "plain")
+    made = Tokenizer.from_file(str(tmp_path / "plain" / "tokenizer.json"))
+    assert made.encode("Once upon a time").ids == shipped.encode("Once upon a time").ids
+    assert made.get_vocab() == shipped.get_vocab()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda source: edit_json(source / "tokenizer_config.json", tokenizer_class="GemmaTokenizer"),
+        lambda source: edit_json(source / "tokenizer_config.json", bos_token="<none>"),
+        lambda source: (source / "added_tokens.json").write_text('{"[PAD]": 5000}'),
+        lambda source: (source / "tokenizer.model").write_bytes(b"\nnot one"),
+        lambda source: (source / "tokenizer.model").unlink(),
+    ],
+)
+def test_where_no_fast_tokenizer_can_be_made(tmp_path, damage, cli):
+    source = slow_source(tmp_path)
+    damage(source)
+    out = tmp_path / "out"
+    assert "there is no tokenizer.json" in cli("convert", source, out, "--drop", 4, check=0).stdout
+    text = (out / "README.md").read_text()
+    assert not (out / "tokenizer.json").exists()
+    assert "### onnxruntime-genai" not in text
+    assert "Note: there is no tokenizer.json" in text
+    assert "### ONNX Runtime" in text
+    assert verify(out, source).ok
+    assert "tokenizer.json" not in cli("convert", source, tmp_path / "torch", "--drop", 4, "--no-onnx", check=0).stdout
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pruner.errors import PruneAttnError
+from pruner.files import read_bounded, read_json
 
 TOKENIZER = "tokenizer.model"
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of pieces
@@ -90,6 +91,78 @@ def meta_files(directory: Path) -> dict[str, bytes]:
     }
 
 
+def tokenizer_json(directory: Path) -> bytes | None:
+    """``tokenizer.json`` for a directory of Hugging Face's form that has ``tokenizer.model`` alone.
+
+    With the added tokens, BOS and EOS that its other files name. ``None`` where there is nothing to make it of, or it
+    is no tokenizer of Llama's kind.
+    """
+    path = directory / TOKENIZER
+    if not path.is_file():
+        return None
+    try:
+        config, added = (_beside(directory, name) for name in ("tokenizer_config.json", "added_tokens.json"))
+        if config.get("tokenizer_class") not in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
+            return None
+        data, (_, *defaults) = _tokenizer(read_bounded(path, _MOST_BYTES))
+        tokenizer = json.loads(data)
+        _add_tokens(tokenizer, config, added)
+        ends = [
+            _content(config.get(f"{name}_token") or default) if config.get(f"add_{name}_token", name == "bos") else None
+            for name, default in zip(("bos", "eos"), defaults, strict=True)
+        ]
+        tokenizer["post_processor"] = _template(tokenizer, *ends)
+    except (PruneAttnError, ValueError, LookupError, TypeError, AttributeError, struct.error):
+        return None
+    return _dump(tokenizer)
+
+
+_MOST_BYTES = 16 << 20  # Llama 2's has 0.5 MB
+
+
+def _beside(directory: Path, name: str) -> dict[str, Any]:
+    return read_json(directory / name) if (directory / name).is_file() else {}
+
+
+def _content(token: Any) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _add_tokens(tokenizer: dict[str, Any], config: dict[str, Any], added: dict[str, Any]) -> None:
+    """Put in what was added to the vocabulary. Raises ``ValueError`` where the numbers do not go on from it."""
+    ends = [token for name, token in config.items() if name.endswith("_token") and isinstance(token, (str, dict))]
+    special = set(map(_content, ends))
+    tokens = {i: {"content": text, "special": text in special} for text, i in added.items()}
+    tokens |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    ids = dict(tokenizer["model"]["vocab"])
+    listed = {token["id"] for token in tokenizer["added_tokens"]}
+    for i, token in sorted(tokens.items()):
+        if ids.setdefault(token["content"], len(ids)) != i:
+            raise ValueError(f"token {i}")
+        if i not in listed:
+            flags = {
+                name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            }
+            tokenizer["added_tokens"].append({"id": i, "content": token["content"], **flags})
+
+
+def _template(tokenizer: dict[str, Any], beginning: str | None, end: str | None) -> dict[str, Any]:
+    """The post-processor that puts ``beginning`` before each text and ``end`` behind it."""
+    ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+
+    def template(sequences: str) -> list[dict[str, Any]]:
+        return [
+            {"Sequence": {"id": name, "type_id": i}} if token == "" else {"SpecialToken": {"id": token, "type_id": i}}
+            for i, name in enumerate(sequences)
+            for token in (beginning, "", end)
+            if token is not None
+        ]
+
+    names = [token for token in (beginning, end) if token is not None]
+    special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names}
+    return {"type": "TemplateProcessing", "single": template("A"), "pair": template("AB"), "special_tokens": special}
+
+
 def _dump(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -121,56 +194,44 @@ def _tokenizer(model: bytes) -> tuple[bytes, tuple[str, ...]]:
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
 
-    def template(sequences: str) -> list[dict[str, Any]]:
-        return [
-            item
-            for i, name in enumerate(sequences)
-            for item in ({"SpecialToken": {"id": beginning, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}})
-        ]
-
-    return _dump(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "Prepend", "prepend": "▁"},
-                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-                ],
-            },
-            "pre_tokenizer": None,
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": template("A"),
-                "pair": template("AB"),
-                "special_tokens": {beginning: {"id": beginning, "ids": [1], "tokens": [beginning]}},
-            },
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": unknown,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "ignore_merges": False,
-                "vocab": vocabulary,
-                "merges": _merges(pieces, vocabulary),
-            },
-        }
-    ), (unknown, beginning, end)
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(pieces, vocabulary),
+        },
+    }
+    tokenizer["post_processor"] = _template(tokenizer, beginning, None)
+    return _dump(tokenizer), (unknown, beginning, end)
 
 
 def _merges(pieces: list[tuple[str, float, int]], vocabulary: dict[str, int]) -> list[list[str]]:

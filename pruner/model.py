@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
@@ -23,7 +24,8 @@ Logits = np.ndarray  # float32
 
 
 class LanguageModel(Protocol):
-    """A decoder with a KV cache. Token ids are whole numbers, logits float32, on the host."""
+    """A decoder with a KV cache, for one text (or batch) at a time. Token ids are whole numbers, logits float32, on the
+    host. All but ``reset`` raise ``PruneAttnError`` for what cannot be run."""
 
     vocab_size: int
     max_length: int  # tokens of context
@@ -33,10 +35,14 @@ class LanguageModel(Protocol):
         ...
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        """B prompts, of any lengths, into the cache; (B, V) logits of each one's last token.
+        """Begin anew with B prompts, of any lengths: whatever was in the cache is forgotten.
 
-        With something in the cache already (B = 1) it goes on from there.
+        (B, V) logits of each one's last token.
         """
+        ...
+
+    def extend(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        """More tokens of the text in the cache, which has to be one row (B = 1); (1, V) logits of the last one."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> Logits:
@@ -48,7 +54,57 @@ class LanguageModel(Protocol):
         ...
 
 
-class TorchLanguageModel:
+NOTHING_BEGUN = "nothing to go on from; call prefill() first"
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """``PruneAttnError`` where there is nothing to run."""
+    if not len(prompts) or not min(map(len, prompts)):
+        raise PruneAttnError("an empty prompt; give at least one token")
+
+
+def check_extension(rows: int, prompts: Sequence[Sequence[int]]) -> None:
+    """``PruneAttnError`` where these prompts cannot extend a cache of so many rows (0: nothing was begun)."""
+    if not rows:
+        raise PruneAttnError(NOTHING_BEGUN)
+    if rows != 1 or len(prompts) != 1:
+        raise PruneAttnError(
+            f"only one text can be extended; the cache holds {rows} rows and {len(prompts)} were given"
+        )
+
+
+class Turns:
+    """One thread's text at a time in a model's cache.
+
+    Calls from several threads take turns. Whose text is in the cache is who began it: ``decode`` and ``extend`` from
+    another thread are refused. ``with model:`` holds the model over a whole generation, and others wait.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._owner: threading.Thread | None = None  # None: nothing was begun
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @contextmanager
+    def _turn(self, begins: bool = False) -> Iterator[None]:
+        with self._lock:
+            if begins:
+                self._owner = threading.current_thread()
+            elif self._owner not in (None, threading.current_thread()):
+                raise PruneAttnError(
+                    "another thread has begun a text of its own in this model's cache; give each thread its own model, "
+                    "or hold it over a whole generation (with model: prefill, decode ...)"
+                )
+            yield
+
+
+class TorchLanguageModel(Turns):
     """A checkpoint directory, plain or pruned, run by transformers, with any sublayers switched off.
 
     ``dtype`` (float32, float16, bfloat16; ``None``: the checkpoint's own) is what it computes in. Raises
@@ -91,6 +147,7 @@ class TorchLanguageModel:
         self.vocab_size = checkpoint.decoder.vocab_size
         self.max_length = int(self.model.config.max_position_embeddings)
         self._whole = [(layer.self_attn, layer.mlp) for layer in self.model.model.layers]
+        super().__init__()
         self.reset()
 
     def switch_off(self, attention: Iterable[int] = (), mlp: Iterable[int] = ()) -> None:
@@ -122,6 +179,7 @@ class TorchLanguageModel:
 
         self.switch_off()
         other = copy.copy(self)
+        Turns.__init__(other)
         other.decoder = self.decoder.without(attention, mlp)
         fields = self.model.config.to_dict() | {"block_configs": block_configs(other.decoder)}
         with torch.device("meta"):
@@ -141,48 +199,59 @@ class TorchLanguageModel:
     def logits(self, input_ids: np.ndarray) -> Logits:
         import torch
 
-        with inference():
+        with self._lock, inference():
             out = self.model(input_ids=torch.as_tensor(input_ids, device=self.device), use_cache=False)
         return out.logits.float().cpu().numpy()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        with self._turn(begins=True):
+            self.reset()
+            return self._feed(prompts)
+
+    def extend(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        with self._turn():
+            rows = 0 if self._mask is None else len(self._mask)
+            check_extension(rows, prompts)
+            return self._feed(prompts)
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
         import torch
 
-        if self._mask is not None and len(prompts) != 1:
-            raise PruneAttnError("only a batch of 1 can be prefilled in parts; call reset() first")
+        with self._turn():
+            if self._mask is None:
+                raise PruneAttnError(NOTHING_BEGUN)
+            ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
+            return self._forward(ids, torch.ones_like(ids))
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        with self._lock:
+            self._cache = DynamicCache()
+            self._mask: torch.Tensor | None = None
+
+    def _feed(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        import torch
+
+        check_prompts(prompts)
         width = max(len(prompt) for prompt in prompts)
-        if min(len(prompt) for prompt in prompts) == 0:
-            raise PruneAttnError("an empty prompt; give at least one token")
         # left padding: the last column is each row's last token
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         return self._forward(ids, mask)
 
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        import torch
-
-        if self._mask is None:
-            raise PruneAttnError("nothing to go on from; call prefill() first")
-        ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        return self._forward(ids, torch.ones_like(ids))
-
-    def reset(self) -> None:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache()
-        self._mask: torch.Tensor | None = None
-
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Logits:
         import torch
 
-        self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
-        if self._mask.shape[1] > self.max_length:
+        mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
+        if mask.shape[1] > self.max_length:
             raise PruneAttnError(f"the context of {self.max_length} tokens is full; give a shorter prompt")
-        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        self._mask = mask
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with inference():
             out = self.model(
                 input_ids=ids,
-                attention_mask=self._mask,
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,

@@ -109,7 +109,6 @@ def run_lengths(directory: str) -> dict[str, Any]:
         model.prefill([tokens])  # not the first run
         times = []
         for length in range(601, 649, 4):
-            model.reset()
             start = time.perf_counter()
             model.prefill([tokens[:length]])
             times.append(time.perf_counter() - start)
@@ -197,18 +196,16 @@ def run_correct(dtype: str, directory: str) -> dict[str, Any]:
     compare("2,048 tokens", [ours.logits(windows)], [truth.logits(windows)])
     unequal = [tokens[:200], tokens[300:317], tokens[400:403]]
     for name, prompts in (("3 unequal prompts", unequal), ("1 prompt", unequal[:1])):
-        ours.reset(), truth.reset()
         got, want = [ours.prefill(prompts)], [truth.prefill(prompts)]
         for _ in range(64):
             following = want[-1].argmax(-1).tolist()
             got.append(ours.decode(following))
             want.append(truth.decode(following))
         compare(f"prefill of {name}, 64 decode steps", got, want)
-    ours.reset(), truth.reset()
-    got, want = [], []
-    for part in (tokens[:30], tokens[30:31], tokens[31:200]):
-        got.append(ours.prefill([part]))
-        want.append(truth.prefill([part]))
+    got, want = [ours.prefill([tokens[:30]])], [truth.prefill([tokens[:30]])]
+    for part in (tokens[30:31], tokens[31:200]):
+        got.append(ours.extend([part]))
+        want.append(truth.extend([part]))
     compare("prefill in 3 parts", got, want)
     return rows
 

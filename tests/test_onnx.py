@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,6 @@ def converted(place: Path, fields: dict, options: dict) -> TorchLanguageModel:
 
 def difference(session, oracle, prompts, steps: int = 8) -> float:
     """Largest logit difference over a prefill of these prompts and decode steps with the cache."""
-    session.reset(), oracle.reset()
     ours, theirs = session.prefill(prompts), oracle.prefill(prompts)
     worst = np.abs(ours - theirs).max()
     for _ in range(steps):
@@ -129,7 +130,6 @@ def test_logits_prefill_and_64_steps(session, oracle, ids):
 
 
 def test_what_was_returned_stays(session, ids):
-    session.reset()
     session.prefill([ids])
     first = session.decode([7])
     kept = first.copy()
@@ -148,18 +148,83 @@ def test_prompts_padded_as_on_cuda(copy, oracle, ids, last_token_logits):
     session.bucket = 64
     assert difference(session, oracle, [ids, ids[:3]], steps=4) < LIMIT
     assert difference(session, oracle, [(ids * 9)[:90], ids], steps=4) < LIMIT
-    session.reset(), oracle.reset()
     session.prefill([ids]), oracle.prefill([ids])
-    assert np.abs(session.prefill([ids[1:]]) - oracle.prefill([ids[1:]])).max() < LIMIT
+    assert np.abs(session.extend([ids[1:]]) - oracle.extend([ids[1:]])).max() < LIMIT
     if not last_token_logits:
         assert np.abs(session.logits(np.array([ids])) - oracle.logits(np.array([ids]))).max() < LIMIT
 
 
 def test_prefill_in_parts(session, oracle, ids):
-    session.reset(), oracle.reset()
-    session.prefill([ids[:5]]), session.prefill([ids[5:6]])
-    assert np.abs(session.prefill([ids[6:]]) - oracle.prefill([ids])).max() < LIMIT
+    session.prefill([ids[:5]]), session.extend([ids[5:6]])
+    assert np.abs(session.extend([ids[6:]]) - oracle.prefill([ids])).max() < LIMIT
     assert np.abs(session.decode([7]) - oracle.decode([7])).max() < LIMIT
+    session.prefill([ids[:5]]), session.decode(ids[5:6]), oracle.prefill([ids[:5]])
+    assert np.abs(session.extend([ids[6:]]) - oracle.extend([ids[5:]])).max() < LIMIT
+
+
+def test_a_prefill_begins_anew(session, oracle, ids):
+    """One user's text must not be in the next one's memory: neither after an answer nor after a prompt refused."""
+    from pruner.evaluate.compiled import CompiledLanguageModel
+
+    compiled = CompiledLanguageModel(MODEL, dtype="float32", context=64)
+    compiled.switch_off(DROPPED)
+    oracle.reset()
+    want = oracle.prefill([ids[:9]])
+    for model in (session, oracle, compiled):
+        model.prefill([ids]), model.prefill([ids[::-1], ids])
+        assert np.abs(model.prefill([ids[:9]]) - want).max() < LIMIT
+        with pytest.raises(PruneAttnError):
+            model.prefill([[]])
+        for go_on in (lambda model: model.decode([7]), lambda model: model.extend([[7, 8]])):
+            with pytest.raises(PruneAttnError, match="nothing to go on from"):
+                go_on(model)
+
+
+def in_threads(count: int, work) -> list:
+    """What ``work(i)`` gave, or the ``PruneAttnError`` that it raised, of threads that begin together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    begin = threading.Barrier(count)
+
+    def run(i: int):
+        begin.wait()
+        try:
+            return work(i)
+        except PruneAttnError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_threads_do_not_mix_their_texts(session, oracle, ids, held):
+    prompts = [ids[i : i + 4 + i] for i in range(4)]
+
+    def greedy(model, prompt: list[int], steps: int = 6) -> list[int]:
+        tokens = [int(model.prefill([prompt]).argmax())]
+        for _ in range(steps):
+            tokens.append(int(model.decode(tokens[-1:]).argmax()))
+        return tokens
+
+    def work(i: int) -> list[int]:
+        with session if held else contextlib.nullcontext():
+            return greedy(session, prompts[i])
+
+    alone = [greedy(oracle, prompt) for prompt in prompts]
+    for _ in range(3):
+        for got, want in zip(in_threads(4, work), alone, strict=True):
+            assert got == want or (not held and "another thread" in str(got))
+
+
+def test_a_text_taken_over_by_another_thread(session, oracle, ids):
+    for model in (session, oracle):
+        model.prefill([ids])
+        in_threads(1, lambda _, model=model: model.prefill([ids[:3]]))
+        for go_on in (lambda model: model.decode([7]), lambda model: model.extend([[7]])):
+            with pytest.raises(PruneAttnError, match="another thread has begun a text"):
+                go_on(model)
+        model.prefill([ids]), model.decode([7])
 
 
 @pytest.mark.parametrize(
@@ -648,9 +713,10 @@ def test_errors(session, pruned, ids):
     session.prefill([ids, ids])
     for call, message in (
         (lambda: session.decode([1]), "1 tokens were given for the 2 rows"),
-        (lambda: session.prefill([ids, ids]), "batch of 1"),
+        (lambda: session.extend([ids, ids]), "only one text can be extended"),
         (lambda: session.decode([1, 4096]), "0 to 4095"),
         (lambda: session.logits(np.array([[0.5]])), "whole numbers"),
+        (lambda: session.prefill([[0.5]]), "whole numbers"),
         (lambda: session.logits(np.zeros((1, 2000), int)), "do not fit"),
         (lambda: OnnxSession(pruned, device="cuda"), "float32 has no CUDA attention kernel"),
         (lambda: OnnxSession(pruned, max_length=5000), "1 to 1024"),

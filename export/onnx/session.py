@@ -20,7 +20,7 @@ from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.llama import Decoder
-from pruner.model import Logits
+from pruner.model import NOTHING_BEGUN, Logits, Turns, check_extension, check_prompts
 from pruner.names import GRAPH
 
 # ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 to 70 ms, where on an
@@ -36,7 +36,7 @@ def context_of(checkpoint: Checkpoint, options: GraphOptions | None = None) -> i
     return options.context or checkpoint.config["max_position_embeddings"]
 
 
-class OnnxSession:
+class OnnxSession(Turns):
     """A directory that ``convert`` or ``export`` wrote, run by ONNX Runtime. A ``LanguageModel``.
 
     ``device``: ``cpu``, ``cuda``, or ``auto``, which takes CUDA where it works; ``.device`` says which it took and
@@ -44,6 +44,10 @@ class OnnxSession:
     KV buffer is allocated for, ``kv_bytes_per_token * batch * max_length`` bytes at the first prefill. Raises
     ``PruneAttnError`` for a stale graph, for a dtype that the device cannot run, and for CUDA that is asked for and not
     there (never a silent fall to the CPU).
+
+    One cache holds one text (or batch) at a time, which ``prefill`` begins anew. Calls from several threads take turns,
+    and ``decode`` or ``extend`` from another thread than the one that began the text is refused. To share a session,
+    hold it over a whole generation: ``with session: session.prefill(...); session.decode(...)``.
 
     ``.runtime`` is the ``onnxruntime.InferenceSession``. Prompts for an empty cache are padded to multiples of
     ``.bucket`` tokens, which may be changed.
@@ -87,6 +91,7 @@ class OnnxSession:
     def _take(
         self, runtime: Any, decoder: Decoder, dtype: str, max_length: int, cuda_graph: bool, last_token_logits: bool
     ) -> None:
+        super().__init__()
         self.runtime, self.decoder, self.dtype, self.max_length = runtime, decoder, dtype, max_length
         self.vocab_size, self.last_token_logits = decoder.vocab_size, last_token_logits
         self.cuda_graph = cuda_graph and self.device == "cuda"
@@ -99,6 +104,10 @@ class OnnxSession:
     # -- LanguageModel -------------------------------------------------------------------------------------------------
 
     def logits(self, input_ids: np.ndarray) -> Logits:
+        """(B, T) token ids to (B, T, V) float32 logits; the cache is left alone.
+
+        Raises ``PruneAttnError`` for a graph with the last token's logits only, and for more tokens than fit.
+        """
         if self.last_token_logits:
             raise PruneAttnError(
                 f"this {GRAPH} gives the last token's logits only, which scores no text; "
@@ -111,16 +120,62 @@ class OnnxSession:
         ids = np.pad(ids, ((0, 0), (0, self._padded(length) - length)))  # causal: what follows changes nothing
         # nobody reads this cache later, so one layer's worth serves all of them in turn
         scratch = (self._buffer(ids.shape), self._buffer(ids.shape)) if self._slots else ()
-        return self._run(ids, np.ones_like(ids), [scratch] * self._slots)[:, :length]
+        with self._lock:
+            return self._run(ids, np.ones_like(ids), [scratch] * self._slots)[:, :length]
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
-        if self._lengths is not None and len(prompts) != 1:
-            raise PruneAttnError("only a batch of 1 can be prefilled in parts; call reset() first")
-        if self._lengths is not None and len(self._lengths) != 1:
-            raise PruneAttnError(f"the cache holds {len(self._lengths)} rows and 1 was given; call reset() first")
+        """Begin anew with B prompts, lists of token ids of any lengths: what was in the cache is forgotten.
+
+        (B, V) float32 logits of each one's last token. Raises ``PruneAttnError`` for an empty prompt, for ids out of
+        range and for more tokens than ``max_length``, ``MachineError`` where memory is too small.
+        """
+        with self._turn(begins=True):
+            self.reset()
+            return self._feed(prompts)
+
+    def extend(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        """More tokens of the text in the cache: ``[tokens]``, since it has to be one; (1, V) logits of the last one.
+
+        Raises as ``prefill``, and where nothing was begun or there are several rows.
+        """
+        with self._turn():
+            check_extension(0 if self._lengths is None else len(self._lengths), prompts)
+            return self._feed(prompts)
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """One token more for each of the B rows; (B, V) float32 logits.
+
+        Raises ``PruneAttnError`` where nothing was begun, for another number of tokens and where the context is full.
+        """
+        with self._turn():
+            if self._lengths is None:
+                raise PruneAttnError(NOTHING_BEGUN)
+            if len(tokens) != len(self._lengths):
+                raise PruneAttnError(f"{len(tokens)} tokens were given for the {len(self._lengths)} rows in the cache")
+            ids = self._checked(np.asarray(tokens)[:, None])
+            self._check_room(self._lengths + 1)
+            self._mask[np.arange(len(tokens)), self._lengths] = 1
+            self._bound["input_ids"].update_inplace(ids)
+            self._bound["attention_mask"].update_inplace(self._mask)
+            self.run_step()
+            self._lengths = self._lengths + 1
+            logits = self._bound["logits"].numpy()[:, 0]
+            return logits.copy() if self.device == "cpu" else logits  # on the host it is the next step's buffer too
+
+    def reset(self) -> None:
+        """Forget the text in the cache; its memory stays."""
+        with self._lock:
+            self._lengths: np.ndarray | None = None  # tokens in the cache, a row
+
+    def run_step(self, wait: bool = True) -> None:
+        """The decode step over what its buffers hold. ``wait=False``: queued on the GPU, for benchmarks."""
+        self.runtime.run_with_iobinding(self._step, self._run_options(self._graph_id, wait))
+
+    # -- the machinery -------------------------------------------------------------------------------------------------
+
+    def _feed(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        check_prompts(prompts)
         new = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        if not len(new) or not new.min():
-            raise PruneAttnError("an empty prompt; give at least one token")
         past = np.zeros_like(new) if self._lengths is None else self._lengths
         self._check_room(past + new)
         self._allocate(len(prompts))
@@ -129,36 +184,12 @@ class OnnxSession:
         # right padding: attention wants each row to begin at position 0
         ids = np.zeros((len(prompts), width), dtype=np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = prompt
+            row[: len(prompt)] = self._checked(np.asarray(prompt)[None])
         mask = (np.arange(int(past[0]) + width) < (past + new)[:, None]).astype(np.int64)
-        out = self._run(self._checked(ids), mask, self._cache)
+        out = self._run(ids, mask, self._cache)
         self._lengths = past + new
         self._mask[:] = np.arange(self.max_length) < self._lengths[:, None]
         return out[:, 0] if self.last_token_logits else out[np.arange(len(new)), new - 1]
-
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        if self._lengths is None:
-            raise PruneAttnError("nothing to go on from; call prefill() first")
-        if len(tokens) != len(self._lengths):
-            raise PruneAttnError(f"{len(tokens)} tokens were given for the {len(self._lengths)} rows in the cache")
-        ids = self._checked(np.asarray(tokens)[:, None])
-        self._check_room(self._lengths + 1)
-        self._mask[np.arange(len(tokens)), self._lengths] = 1
-        self._bound["input_ids"].update_inplace(ids)
-        self._bound["attention_mask"].update_inplace(self._mask)
-        self.run_step()
-        self._lengths = self._lengths + 1
-        logits = self._bound["logits"].numpy()[:, 0]
-        return logits.copy() if self.device == "cpu" else logits  # on the host it is the next step's buffer too
-
-    def reset(self) -> None:
-        self._lengths: np.ndarray | None = None  # tokens in the cache, a row
-
-    def run_step(self, wait: bool = True) -> None:
-        """The decode step over what its buffers hold. ``wait=False``: queued on the GPU, for benchmarks."""
-        self.runtime.run_with_iobinding(self._step, self._run_options(self._graph_id, wait))
-
-    # -- the machinery -------------------------------------------------------------------------------------------------
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)

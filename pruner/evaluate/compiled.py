@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pruner.errors import PruneAttnError
-from pruner.model import Logits, TorchLanguageModel
+from pruner.model import NOTHING_BEGUN, Logits, TorchLanguageModel, check_extension, check_prompts
 
 
 class CompiledLanguageModel(TorchLanguageModel):
@@ -29,24 +29,38 @@ class CompiledLanguageModel(TorchLanguageModel):
     def reset(self) -> None:
         import torch
 
-        self._at = 0
-        if getattr(self, "_static", None) is not None:
-            with torch.no_grad():
-                self._static.reset()
+        with self._lock:
+            self._at = 0
+            if getattr(self, "_static", None) is not None:
+                with torch.no_grad():
+                    self._static.reset()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Logits:
         from transformers import StaticCache
 
-        if len({len(prompt) for prompt in prompts}) != 1:
-            raise PruneAttnError("the static cache takes prompts of one length")
-        if getattr(self, "_static", None) is None or self._batch != len(prompts):
-            self._static = None  # given back before the new one is asked for
-            self._static = StaticCache(config=self.model.config, max_cache_len=self._context)
-            self._batch = len(prompts)
-        return self._run(self.model.forward, prompts)
+        with self._turn(begins=True):
+            if getattr(self, "_at", 0):  # else it is empty, and emptying it would count in what is timed
+                self.reset()
+            check_prompts(prompts)
+            if len({len(prompt) for prompt in prompts}) != 1:
+                raise PruneAttnError("the static cache takes prompts of one length")
+            if getattr(self, "_static", None) is None or self._batch != len(prompts):
+                self._static = None  # given back before the new one is asked for
+                self._static = StaticCache(config=self.model.config, max_cache_len=self._context)
+                self._batch = len(prompts)
+            return self._run(self.model.forward, prompts)
+
+    def extend(self, prompts: Sequence[Sequence[int]]) -> Logits:
+        with self._turn():
+            check_extension(self._batch if self._at else 0, prompts)
+            check_prompts(prompts)
+            return self._run(self.model.forward, prompts)
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        return self._run(self._step, [[token] for token in tokens])
+        with self._turn():
+            if not self._at:
+                raise PruneAttnError(NOTHING_BEGUN)
+            return self._run(self._step, [[token] for token in tokens])
 
     def _run(self, forward: Callable[..., Any], tokens: Sequence[Sequence[int]]) -> Logits:
         import torch

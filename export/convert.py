@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from export import record
@@ -23,6 +24,8 @@ from pruner.files import expand
 from pruner.hub.source import find
 from pruner.plan import PruningPlan, plan_layers
 from pruner.plan_files import read_plan
+from pruner.progress import Progress, keeping
+from pruner.select.calibrated import told_of
 from pruner.select.choose import select
 from pruner.select.request import POSITIONAL, check_useful
 from pruner.summary import totals
@@ -96,9 +99,7 @@ def convert(
     objective: str | None = None,
     resume: bool = False,
     threads: int | None = None,
-    choosing: Callable[[float, float, str], None] | None = None,
-    say: Callable[[str], None] | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Write ``source`` to ``output`` with sublayers physically removed.
 
@@ -112,12 +113,11 @@ def convert(
     the only case besides a ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too;
     a model that they cannot express is converted all the same, without them and with a note that says why.
 
-    ``text`` to ``threads`` are for the strategies that choose by a text, ``choosing`` and ``say`` report on them: see
-    ``pruner.select.selection``. ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there
-    (a ``dry_run`` keeps nothing).
+    ``text`` to ``threads`` are for the strategies that choose by a text: see ``pruner.select.selection``.
+    ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there (a ``dry_run`` keeps
+    nothing).
 
-    ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. ``progress``
-    is called with (bytes written, bytes in all), while fetching with "fetching" as a third argument. Raises
+    ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. Raises
     ``PruneAttnError`` for bad input, with nothing written, and ``MachineError`` or ``OSError`` where the machine fails.
     """
     if not os.fspath(output):
@@ -145,28 +145,29 @@ def convert(
     source = checkpoint.path
     record.read_record(checkpoint.path)  # a damaged one is refused before any work
     check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
+    by_text = text is not None and strategy not in POSITIONAL
     partial = partial_path(output.with_name(f"{output.name}.plan"))
-    chosen = choose(
-        checkpoint,
-        drop=None if drop is None else str(drop),
-        layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
-        plan=plan,
-        sublayer=sublayer,
-        strategy=strategy,
-        allow_first_layer=allow_first_layer,
-        allow_all=allow_all,
-        text=text,
-        samples=samples,
-        length=length,
-        seed=seed,
-        device=device,
-        objective=objective,
-        partial=None if dry_run else partial,
-        resume=resume,
-        threads=threads,
-        progress=choosing,
-        say=say,
-    )
+    with keeping(lambda: told_of(partial)) if by_text else nullcontext():
+        chosen = choose(
+            checkpoint,
+            drop=None if drop is None else str(drop),
+            layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
+            plan=plan,
+            sublayer=sublayer,
+            strategy=strategy,
+            allow_first_layer=allow_first_layer,
+            allow_all=allow_all,
+            text=text,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            objective=objective,
+            partial=None if dry_run else partial,
+            resume=resume,
+            threads=threads,
+            progress=progress,
+        )
     result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
 
     config = output_config(checkpoint, result, target_dtype)
@@ -189,14 +190,16 @@ def convert(
             checkpoint = open_checkpoint(model.fetch(progress=progress))
             config = output_config(checkpoint, result, target_dtype)  # the tokenizer, too, is there only now
             shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes, config)
-        with staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
+        kept = keeping(lambda: told_of(partial)) if by_text else nullcontext()
+        with kept, staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
             options = GraphOptions() if onnx else None
             _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
-        if text is not None and strategy not in POSITIONAL:
+        if by_text:
             partial.unlink(missing_ok=True)
         if push is not None:
             try:
-                conversion.pushed.append(push_directory(output, push, show_progress=progress is not None))
+                with keeping(lambda: f"{output} is whole"):
+                    conversion.pushed.append(push_directory(output, push, progress=progress))
             except PruneAttnError as error:
                 again = f"{output} is whole, push it again with `prune-attn push {output} {push}`"
                 raise type(error)(f"{error}; {again}") from None

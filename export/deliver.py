@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from pruner.errors import PruneAttnError
 from pruner.hub.source import fetch, find
 from pruner.names import GRAPH
 from pruner.nemotron_nas import dialect
+from pruner.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def export(
     overwrite: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> Export:
     """Write ``model.onnx`` and ``genai_config.json`` for a directory.
 

@@ -16,6 +16,7 @@ from pruner.errors import PruneAttnError
 from pruner.hub.source import fetch
 from pruner.machine import computing
 from pruner.model import LanguageModel, TorchLanguageModel
+from pruner.progress import Progress
 from pruner.text import load_tokenizer
 
 
@@ -46,7 +47,7 @@ def generate(
     threads: int | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
     write: Callable[[str], None] | None = None,
 ) -> Generated:
     """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.

@@ -27,6 +27,7 @@ from pruner.errors import PruneAttnError
 from pruner.files import disk_errors, expand, read_json
 from pruner.llama import Decoder
 from pruner.nemotron_nas.dialect import rope_fields
+from pruner.progress import Progress, Step
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -46,12 +47,12 @@ def write_gguf(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` (any Llama that this tool reads) as the GGUF file ``output``; returns what was written.
 
     Weights keep their dtype, norms become float32 as llama.cpp wants them; ``llama-quantize`` makes it smaller. Memory:
-    one tensor. The file appears whole or not at all. ``progress`` is called with (bytes written, bytes in all).
+    one tensor. The file appears whole or not at all. ``progress`` counts bytes.
     Raises ``PruneAttnError`` for what llama.cpp or this writer cannot express.
     """
     try:
@@ -90,7 +91,7 @@ def write_gguf(
                 writer.write_tensor_data(_Writes(data))
                 done += data.nbytes
                 if progress:
-                    progress(done, total)
+                    progress(Step("writing", done, total, "bytes", seconds=total / 5e8))
             for file in writer.fout:
                 file.flush()
                 os.fsync(file.fileno())

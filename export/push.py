@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from pruner.hub.client import ask, beside, quiet
 from pruner.hub.source import is_hub_id
 from pruner.names import CARD, PLAN_FILE
 from pruner.nemotron_nas.dialect import CODE_FILES
+from pruner.progress import Progress, Step
 
 # What an earlier push may have left that this one does not replace: a loader would take it for part of this model.
 _OURS = re.compile(
@@ -74,7 +76,7 @@ def push(
     create_pr: bool = False,
     commit_message: str | None = None,
     dry_run: bool = False,
-    show_progress: bool = False,
+    progress: Progress | None = None,
 ) -> Push:
     """Push a directory that ``convert`` wrote to the Hub as one commit, by ``upload_folder``; makes the repository.
 
@@ -82,7 +84,8 @@ def push(
     the record lists, the record itself, the card (its snippets then name ``repo_id``) and ``report/``. After an
     interruption the same call goes on: what is there already is not sent again. ``revision`` is a branch (made where
     there is none) or ``refs/pr/N``; ``create_pr`` opens a pull request instead. ``repo_id`` without an owner is the
-    token's. Raises ``PruneAttnError``, or ``MachineError`` where the Hub or the network fails.
+    token's. ``progress`` counts bytes, in a pipe only where it begins and ends. Raises ``PruneAttnError``, or
+    ``MachineError`` where the Hub or the network fails.
     """
     directory = expand(directory)
     if create_pr and revision is not None:
@@ -106,7 +109,8 @@ def push(
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="prune-attn", library_version=__version__)
-    with quiet(), _bars(show_progress), warnings.catch_warnings(record=True) as said:
+    terminal = progress is not None and sys.stderr.isatty()
+    with quiet(), _bars(terminal), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if "/" not in repo_id:
             repo_id = f"{ask(api.whoami, repo_id, write=True)['name']}/{repo_id}"
@@ -126,6 +130,9 @@ def push(
         stale = ask(prepare, repo_id, revision=revision, write=True)
         name_repository(directory, repo_id)
         files = _files(directory)
+        total = sum(files.values())
+        if progress and not terminal:
+            progress(Step("pushing", 0, total, "bytes", repo_id, total / 2e7))
         done = beside(
             lambda: ask(
                 lambda: api.upload_folder(
@@ -143,6 +150,8 @@ def push(
                 again=not create_pr,  # it might open a second one
             )
         )
+    if progress and not terminal:
+        progress(Step("pushing", total, total, "bytes", repo_id, total / 2e7))
     notes += [" ".join(str(w.message).split()) for w in said if CARD in str(w.message)]
     return Push(repo_id, files, False, done.commit_url, done.oid, done.pr_url, stale, notes)
 
@@ -187,7 +196,7 @@ def _present(api: Any, repo_id: str, revision: str | None) -> list[str]:
 
 @contextmanager
 def _bars(show: bool) -> Iterator[None]:
-    """``huggingface_hub``'s own display of an upload, on a terminal only."""
+    """``huggingface_hub``'s own display of an upload, which alone knows the bytes sent; on a terminal only."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if show or are_progress_bars_disabled():

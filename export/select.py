@@ -12,7 +12,9 @@ from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.source import fetch
 from pruner.plan import PruningPlan
+from pruner.progress import keeping
 from pruner.record import FORMAT
+from pruner.select.calibrated import told_of
 from pruner.select.choose import selection
 from pruner.select.request import check_useful
 
@@ -53,8 +55,9 @@ def select(
     output = expand(output)
     _check_output(output, overwrite)
     partial = partial_path(output)
-    source = fetch(source, revision=revision, cache_dir=cache_dir)
-    made = selection(source, partial=partial, **options)
+    source = fetch(source, revision=revision, cache_dir=cache_dir, progress=options.get("progress"))
+    with keeping(lambda: told_of(partial)):
+        made = selection(source, partial=partial, **options)
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         staging.write_text(json.dumps(made.plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ DATA_ALIGNMENT = 4096
 SHARD_NAME = re.compile(r"model((\.packed)?-\d+-of-\d+)?\.safetensors")  # as plan_shards, and transformers, name them
 _CHUNK = 16 << 20  # bytes the kernel copies a call; small enough that the disk and signals are not kept waiting
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]  # so many bytes more
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ def index_json(shards: list[OutputShard]) -> bytes:
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
-def write_shards(directory: Path, shards: list[OutputShard], progress: Progress | None = None) -> list[Path]:
+def write_shards(directory: Path, shards: list[OutputShard], advance: Advance | None = None) -> list[Path]:
     """Write shards (and the index where one is needed) into ``directory``, synced to disk; returns the files.
 
-    ``progress`` is called with numbers of bytes written. Raises ``MachineError`` for a full disk, and
+    ``advance`` is called with numbers of bytes written. Raises ``MachineError`` for a full disk, and
     ``PruneAttnError`` where the source changes meanwhile or a value does not fit the dtype asked for.
     """
-    done = progress or (lambda nbytes: None)
+    done = advance or (lambda nbytes: None)
     written = []
     with OpenFiles() as sources:
         for shard in shards:
@@ -166,7 +166,7 @@ def _steps(entries: Iterable[Entry]) -> Iterator[tuple[Path, int, int] | Entry]:
         yield current
 
 
-def _write_shard(path: Path, shard: OutputShard, sources: OpenFiles, progress: Progress) -> None:
+def _write_shard(path: Path, shard: OutputShard, sources: OpenFiles, advance: Advance) -> None:
     out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         reserve(out, shard.size, str(path))
@@ -177,10 +177,10 @@ def _write_shard(path: Path, shard: OutputShard, sources: OpenFiles, progress: P
                     _pwrite_all(out, data, position)
                     start_writeback(out, position, len(data))
                     position += len(data)
-                    progress(len(data))
+                    advance(len(data))
             else:
                 source, start, nbytes = step
-                copy_range(sources.fd(source), start, out, position, nbytes, source, progress)
+                copy_range(sources.fd(source), start, out, position, nbytes, source, advance)
                 position += nbytes
         os.fsync(out)
     finally:
@@ -188,7 +188,7 @@ def _write_shard(path: Path, shard: OutputShard, sources: OpenFiles, progress: P
 
 
 def copy_range(
-    source: int, start: int, out: int, position: int, nbytes: int, path: Path, progress: Progress | None = None
+    source: int, start: int, out: int, position: int, nbytes: int, path: Path, advance: Advance | None = None
 ) -> None:
     """Copy ``nbytes`` from one open file to another: by the kernel where it can, else through a small buffer.
 
@@ -215,8 +215,8 @@ def copy_range(
             _pwrite_all(out, data, position)
         start_writeback(out, position, count)
         start, position, nbytes = start + count, position + count, nbytes - count
-        if progress:
-            progress(count)
+        if advance:
+            advance(count)
 
 
 def _pwrite_all(out: int, data: bytes | bytearray, position: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from pruner.llama import Decoder
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
 from pruner.nemotron_nas import dialect
 from pruner.plan_files import recorded_plan
+from pruner.progress import Progress, Step
 
 _MOST_FILES_NAMED = 100  # that are missing, changed or strangers; more of them say nothing new
 
@@ -65,7 +66,7 @@ def verify(
     output_revision: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Check a directory that ``convert`` wrote: structure, sizes, header hashes, dialect, and that
     ``model.onnx``, where there is one, belongs to these shards. No weights are read.
@@ -108,7 +109,7 @@ def verify(
     return result
 
 
-def _fetched(model: HubModel, progress: Callable[..., None] | None) -> tuple[Path, list[Path]]:
+def _fetched(model: HubModel, progress: Progress | None) -> tuple[Path, list[Path]]:
     """A pruned repository's snapshot in the cache, and what else lies there, which is not fetched."""
     if model.sizes is None:
         return model.fetch(), []
@@ -117,7 +118,7 @@ def _fetched(model: HubModel, progress: Callable[..., None] | None) -> tuple[Pat
     return place, [] if facts is None else record.unknown(map(Path, model.sizes), facts)
 
 
-def _verify(result: Verification, source: Checkpoint | None, progress: Callable[..., None] | None) -> None:
+def _verify(result: Verification, source: Checkpoint | None, progress: Progress | None) -> None:
     """Find the problems of ``result.path``, a directory."""
     output = result.path
     try:
@@ -240,7 +241,7 @@ def compare_tensors(
     source: Checkpoint,
     left: Decoder,
     result: Verification,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     through: Iterable[str] = (),
 ) -> None:
     """Compare every tensor's bytes, in the order in which they lie on disk; memory is two chunks.
@@ -265,4 +266,4 @@ def compare_tensors(
             done += tensor.nbytes
             result.compared += 1
             if progress:
-                progress(done, total)
+                progress(Step("comparing", done, total, "bytes", seconds=total / 1e9))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from pruner.llama import Decoder
 from pruner.names import GRAPH, PLAN_FILE
 from pruner.nemotron_nas import dialect
 from pruner.plan import PruningPlan
+from pruner.progress import Progress, Step
 from pruner.summary import totals
 
 
@@ -69,7 +69,7 @@ def lay_out(
     dtype: str | None,
     max_shard_size: str | int,
     overwrite: bool,
-    progress: Callable[..., None] | None,
+    progress: Progress | None,
 ) -> Conversion:
     """``convert`` that drops nothing: the same weights, laid out for ONNX. Raises where no graph can be written."""
     source, output = expand(source), expand(output)
@@ -110,7 +110,7 @@ def _write(
     shards: list[OutputShard],
     conversion: Conversion,
     options: GraphOptions | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     total, done = sum(entry.nbytes for shard in shards for entry in shard.entries), 0
 
@@ -118,7 +118,7 @@ def _write(
         nonlocal done
         done += nbytes
         if progress:
-            progress(done, total)
+            progress(Step("writing", done, total, "bytes", seconds=total / 5e8))
 
     written = write_shards(directory, shards, advance)
     written.append(write_file(directory / CONFIG, dialect.dump(config)))

@@ -62,9 +62,8 @@ def busy() -> str | None:
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load <= cores:
         return None
-    return (
-        f"other work is running: the load is {load:.1f} on {cores} cores, so this takes longer and times vary; "
-        f"fewer threads than {threads()} may be faster (--threads)"
+    return f"other work is running: the load is {load:.1f} on {cores} cores, so this takes longer and times vary" + (
+        f"; fewer threads than {threads()} may be faster (--threads)" if threads() > 1 else ""
     )
 
 
@@ -150,3 +149,14 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def reading_seconds(parameters: int, tokens: float, device: str) -> float:
+    """About how long a model takes to read so many tokens; a guess for progress, right within a factor of a few."""
+    speed = 2e14 if device.startswith("cuda") else 3e10 * threads()  # operations a second
+    return 2 * parameters * tokens / speed
+
+
+def decoding_seconds(nbytes: int, steps: float, device: str) -> float:
+    """The same for so many decode steps, each of which reads all the weights once."""
+    return steps * (nbytes / (2e12 if device.startswith("cuda") else 1e10) + 1e-3)

@@ -16,6 +16,7 @@ from synthetic import SHAPES, make
 
 from pruner import open_checkpoint
 from pruner.model import TorchLanguageModel, inference
+from pruner.progress import Step
 from pruner.select.choose import selection
 from pruner.select.sampling import how_many, windows
 from pruner.text import load_tokenizer, read_text
@@ -58,6 +59,12 @@ def naive(source: Path, text: Path, drop: int, samples: int, length: int, device
     }  # fmt: skip
 
 
+def news(step: Step) -> None:
+    """What is said besides how far it is."""
+    if not step.total:
+        print(step, file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bash scripts/bench_select")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape (default: the shipped model)")
@@ -94,9 +101,7 @@ def main() -> None:
         context = int(open_checkpoint(source).config["max_position_embeddings"])
         samples, length = how_many(known, context, samples, length, print)
         common = {"samples": samples, "length": length, "seed": options.seed, "device": options.device}
-        made = selection(
-            source, drop=drop, strategy="search", text=text, say=lambda line: print(line, file=sys.stderr), **common
-        )
+        made = selection(source, drop=drop, strategy="search", text=text, progress=news, **common)
         plan = made.plan
         result = {
             "shape": options.shape or str(source), "drop": drop, **common,

@@ -22,6 +22,7 @@ from export import convert, staging, verify
 from export import shards as safetensors
 from pruner import MachineError, PruneAttnError, open_checkpoint
 from pruner.checkpoint.config import read_decoder
+from pruner.progress import Step
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +199,13 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path):
     shutil.copytree(SHIPPED, source)
     file = source / "model.safetensors"
 
-    def touch(done: int, total: int) -> None:
+    def touch(step: Step) -> None:
         os.utime(file, (1, 1))
 
     with pytest.raises(PruneAttnError, match="changed while it was read"):
         convert(source, tmp_path / "out", drop=4, progress=touch)
     with pytest.raises(PruneAttnError, match="ended while it was read"):
-        convert(source, tmp_path / "out", drop=4, progress=lambda done, total: os.truncate(file, 20_000))
+        convert(source, tmp_path / "out", drop=4, progress=lambda step: os.truncate(file, 20_000))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -239,7 +240,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path, existing):
     if existing:
         convert(SHIPPED, out, drop=1)
 
-    def somebody(done: int, total: int) -> None:
+    def somebody(step: Step) -> None:
         out.mkdir(exist_ok=True)
         (out / "thesis.txt").write_text("years of work")
 

@@ -209,8 +209,8 @@ import os, signal, sys
 from pathlib import Path
 from pruner.select.choose import selection
 partial = Path(sys.argv[3])
-def progress(done, total, status):
-    if partial.exists() and status.startswith("2 dropped"):
+def progress(step):
+    if partial.exists() and step.status.startswith("2 dropped"):
         os.kill(os.getpid(), signal.SIGKILL)
 selection(sys.argv[1], drop=4, text=sys.argv[2], samples=10, length=32, partial=partial, progress=progress)
 """

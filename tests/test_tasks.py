@@ -15,6 +15,7 @@ from pruner.errors import MachineError
 from pruner.evaluate import tasks
 from pruner.evaluate.tasks import compare_tasks, resolve_tasks, run_tasks
 from pruner.model import TorchLanguageModel
+from pruner.progress import Step
 from pruner.text import load_tokenizer
 
 MODEL = Path(__file__).parent / "data" / "gutenberg-llama-5m"
@@ -159,10 +160,10 @@ def test_cloze_on_both_backends(torch_model, onnx_model, tokenizer, monkeypatch,
     monkeypatch.chdir(tmp_path)  # from anywhere; the data lies beside the task file, and nothing is written here
     (tmp_path / "cloze.jsonl").write_text("not the one")
     seen = []
-    a = run_tasks(lambda: torch_model, tokenizer, "cloze", limit=60, batch=16, progress=lambda *at: seen.append(at))
+    a = run_tasks(lambda: torch_model, tokenizer, "cloze", limit=60, batch=16, progress=seen.append)
     b = run_tasks(lambda: onnx_model, tokenizer, "cloze", limit=60, batch=16)
     one, other = a["tasks"]["cloze"], b["tasks"]["cloze"]
-    assert seen[-1] == ("cloze", 240, 240)
+    assert seen[-1] == Step("cloze", 240, 240, "requests")
     assert (one["metric"], one["n"], one["shots"], one["notes"]) == ("acc", 60, 0, [])
     assert one["hash"] == other["hash"]
     assert sum(x != y for x, y in zip(one["items"], other["items"], strict=True)) <= 1  # a tie may fall either way

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from export.cli.bars import bytes_bar, choosing_bar
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, REVISION, given
-from export.cli.show import echo, format_bytes, make_table, print_json, show_push
+from export.cli.bars import show_progress
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, given
+from export.cli.show import echo, make_table, print_json, show_push
 from export.cli.validate import run_validation
 from pruner.errors import PruneAttnError
+from pruner.progress import format_bytes, keeping
 from pruner.select.request import POSITIONAL, check_useful
 
 
@@ -43,9 +44,16 @@ from pruner.select.request import POSITIONAL, check_useful
 @REVISION
 @CACHE
 @click.option("--push", metavar="OWNER/NAME", help="Then push OUTPUT to this Hub repository.")
+@QUIET
 @JSON
 def convert(
-    source: str, output: str, as_json: bool, then_validate: bool, validation_text: str | None, **options: Any
+    source: str,
+    output: str,
+    as_json: bool,
+    quiet: bool,
+    then_validate: bool,
+    validation_text: str | None,
+    **options: Any,
 ) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
@@ -68,9 +76,8 @@ def convert(
     if then_validate and options["text"] is None:
         options["threads"] = None  # it is for the measuring alone
     check_useful(options, lambda name: given(name) and not (then_validate and name == "threads"))
-    kept = None if options["dry_run"] else options["text"]
-    with choosing_bar(kept) as (choosing, say), bytes_bar("writing") as progress:
-        result = convert(source, output, progress=progress, choosing=choosing, say=say, **options)
+    with show_progress(quiet) as progress:
+        result = convert(source, output, progress=progress, **options)
     if as_json:
         print_json(result.to_json())
         return
@@ -105,4 +112,7 @@ def convert(
     if then_validate:
         from export.validate.run import brief
 
-        run_validation(str(result.source), output, False, {"text": validation_text, "threads": threads, **brief()})
+        with keeping(lambda: f"{output} is whole"):
+            run_validation(
+                str(result.source), output, False, quiet, {"text": validation_text, "threads": threads, **brief()}
+            )

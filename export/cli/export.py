@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from export.cli.bars import bytes_bar
-from export.cli.options import CACHE, JSON, PATH, REVISION, given, takes_only
-from export.cli.show import echo, format_bytes, print_json, say
+from export.cli.bars import show_progress
+from export.cli.options import CACHE, JSON, PATH, QUIET, REVISION, given, takes_only
+from export.cli.show import echo, print_json, say
 from pruner.errors import PruneAttnError
+from pruner.progress import format_bytes
 
 
 @click.command()
@@ -31,14 +32,15 @@ from pruner.errors import PruneAttnError
 @click.option("--gguf", type=PATH, metavar="FILE", help="Write a GGUF file for llama.cpp, and nothing else.")
 @REVISION
 @CACHE
+@QUIET
 @JSON
-def export(directory: str, output: str | None, as_json: bool, gguf: str | None, **options: Any) -> None:
+def export(directory: str, output: str | None, as_json: bool, quiet: bool, gguf: str | None, **options: Any) -> None:
     """Write model.onnx and genai_config.json: in place, or for any Llama into OUTPUT."""
     if gguf is not None:
         from export.gguf import write_gguf
 
         takes_only("--gguf FILE", "directory", "gguf", "overwrite", "as_json")
-        with bytes_bar("writing") as progress:
+        with show_progress(quiet) as progress:
             written = write_gguf(directory, gguf, overwrite=options["overwrite"], progress=progress)
         if as_json:
             print_json(written)
@@ -49,7 +51,7 @@ def export(directory: str, output: str | None, as_json: bool, gguf: str | None, 
 
     if output is None and given("max_shard_size"):
         raise PruneAttnError("--max-shard-size belongs to an export into an OUTPUT; name one, or leave it out")
-    with bytes_bar("writing") as progress:
+    with show_progress(quiet) as progress:
         result = export(directory, output, progress=progress, **options)
     if as_json:
         print_json(result.to_json())

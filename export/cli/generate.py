@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from export.cli.bars import bytes_bar
-from export.cli.options import CACHE, JSON, PATH, REVISION, THREADS
+from export.cli.bars import show_progress
+from export.cli.options import CACHE, JSON, PATH, QUIET, REVISION, THREADS
 from export.cli.show import print_json, write_text
 
 
@@ -20,13 +20,16 @@ from export.cli.show import print_json, write_text
 @THREADS
 @REVISION
 @CACHE
+@QUIET
 @JSON
-def generate(directory: str, as_json: bool, revision: str | None, cache_dir: str | None, **options: Any) -> None:
+def generate(
+    directory: str, as_json: bool, quiet: bool, revision: str | None, cache_dir: str | None, **options: Any
+) -> None:
     """Go on from a prompt, greedily, and say how long it took."""
     from export.generate import generate
     from pruner.hub.source import fetch
 
-    with bytes_bar("fetching") as progress:  # closed before text comes
+    with show_progress(quiet) as progress:  # closed before text comes
         runtime = options["backend"] == "onnx"
         directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
     result = generate(directory, write=None if as_json else write_text, **options)

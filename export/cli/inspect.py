@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from export.cli.options import CACHE, JSON, PATH, REVISION
-from export.cli.show import describe_sublayers, echo, format_bytes, make_table, print_json, sample_rows
+from export.cli.show import describe_sublayers, echo, make_table, print_json, sample_rows
 from pruner.files import expand
+from pruner.progress import format_bytes
 
 
 @click.command()

@@ -78,7 +78,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         where = context.command_path if context else "prune-attn"
         return 2, f"{' '.join(error.format_message().split())} (see `{where} --help`)"
     if isinstance(error, Stopped):
-        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}; {error.hint}"
+        return 128 + error.signum, str(error)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "the reader of the output went away"

@@ -46,6 +46,9 @@ def CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, 
     return command
 
 
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
-from export.cli.options import JSON, PATH
+from export.cli.bars import show_progress
+from export.cli.options import JSON, PATH, QUIET
 from export.cli.show import print_json, show_push
 
 
@@ -19,12 +19,14 @@ from export.cli.show import print_json, show_push
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of pushing to the main branch.")
 @click.option("--commit-message", metavar="TEXT", help="What the commit says.")
 @click.option("--dry-run", is_flag=True, help="List what would be pushed; ask nobody, send nothing.")
+@QUIET
 @JSON
-def push(output: str, repository: str, as_json: bool, **options: Any) -> None:
+def push(output: str, repository: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Push OUTPUT, which convert wrote, to REPOSITORY (owner/name) on the Hub."""
     from export.push import push
 
-    result = push(output, repository, show_progress=sys.stderr.isatty(), **options)
+    with show_progress(quiet) as progress:
+        result = push(output, repository, progress=progress, **options)
     if as_json:
         print_json(result.to_json())
     else:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from export.cli.bars import choosing_bar
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, REVISION, given
+from export.cli.bars import show_progress
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, given
 from export.cli.show import echo, make_table, print_json
 from pruner.select.request import check_useful
 
@@ -26,14 +26,15 @@ from pruner.select.request import check_useful
 @click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
 @REVISION
 @CACHE
+@QUIET
 @JSON
-def select(source: str, output: str, as_json: bool, **options: Any) -> None:
+def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
     from export.select import select
 
     check_useful(options, given)
-    with choosing_bar(options["text"]) as (progress, say):
-        result = select(source, output, progress=progress, say=say, **options)
+    with show_progress(quiet) as progress:
+        result = select(source, output, progress=progress, **options)
     if as_json:
         print_json(result.to_json())
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pruner.errors import LONGEST_LINE, printable
+from pruner.progress import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,15 +74,6 @@ def make_table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
-
-
-def format_bytes(n: int) -> str:
-    value = float(n)
-    for unit in ("B", "KB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def describe_sublayers(kept: list[int], numbered: int) -> str:

@@ -11,7 +11,11 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
-        self.signum, self.hint = signum, "nothing half written is left"
+        self.signum = signum
+
+    def __str__(self) -> str:
+        told = getattr(self, "__notes__", [])  # by what was stopped: see pruner.progress.keeping
+        return "; ".join([f"stopped by {signal.Signals(self.signum).name}", "nothing half written is left", *told])
 
 
 def stop(signum: int, frame: object) -> NoReturn:

@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from export.cli.bars import steps_bar
-from export.cli.options import JSON, PATH, THREADS
-from export.cli.show import echo, make_table, print_json, say
-from export.cli.signals import Stopped
+from export.cli.bars import show_progress
+from export.cli.options import JSON, PATH, QUIET, THREADS
+from export.cli.show import echo, make_table, print_json
 
 
 @click.command()
@@ -40,20 +39,17 @@ from export.cli.signals import Stopped
     "--rounds", type=click.IntRange(0), default=10, show_default=True, help="Times that speed is measured; 0: not."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an OUTPUT that sweep wrote.")
+@QUIET
 @JSON
-def sweep(source: str, output: str, as_json: bool, **options: Any) -> None:
+def sweep(source: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure what each fraction of each sublayer costs and gains: a table and two plots.
 
     Interrupted, it keeps what is finished in OUTPUT.partial; the same command goes on from there.
     """
     from export.sweep import sweep
 
-    try:
-        with steps_bar() as progress:
-            result = sweep(source, output, progress=progress, **options)
-    except Stopped:
-        say(f"what is finished is kept in {output.rstrip('/')}.partial; the same command goes on", err=True)
-        raise
+    with show_progress(quiet) as progress:
+        result = sweep(source, output, progress=progress, **options)
     if as_json:
         print_json(result.to_json())
         return

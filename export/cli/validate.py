@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from export.cli.bars import steps_bar
-from export.cli.options import JSON, PATH, THREADS, given
+from export.cli.bars import show_progress
+from export.cli.options import JSON, PATH, QUIET, THREADS, given
 from export.cli.show import echo, make_table, print_json, say
 from pruner.errors import PruneAttnError
 
@@ -55,8 +55,9 @@ _OF_PART = {
 @click.option("--min-agreement", metavar="X", help="Limit: share of tokens with the same most likely one.")
 @click.option("--min-task-average-ratio", metavar="X", help="Limit: pruned over original.")
 @click.option("--min-decode-speedup", metavar="X", help="Limit: of each backend, over all batches and prompts.")
+@QUIET
 @JSON
-def validate(original: str, pruned: str, as_json: bool, **options: Any) -> None:
+def validate(original: str, pruned: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure PRUNED against ORIGINAL and write a report. Exits with 3 where a limit is broken.
 
     A run that was stopped goes on where it was when it is started again. Exits with 1 where PRUNED is not ORIGINAL
@@ -67,13 +68,13 @@ def validate(original: str, pruned: str, as_json: bool, **options: Any) -> None:
         measured = part in only if only is not None else part == "latency" or options[names[0]]
         for name in () if measured else filter(given, names):
             raise PruneAttnError(f"--{name.replace('_', '-')} is for {part}, which is not asked for; leave it out")
-    run_validation(original, pruned, as_json, options)
+    run_validation(original, pruned, as_json, quiet, options)
 
 
-def run_validation(original: str, pruned: str, as_json: bool, options: dict[str, Any]) -> None:
+def run_validation(original: str, pruned: str, as_json: bool, quiet: bool, options: dict[str, Any]) -> None:
     from export.validate.run import validate
 
-    with steps_bar() as progress:
+    with show_progress(quiet) as progress:
         done = validate(original, pruned, progress=progress, **options)
     if as_json:
         print_json(done.results)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from export.cli.bars import bytes_bar
-from export.cli.options import CACHE, JSON, PATH
+from export.cli.bars import show_progress
+from export.cli.options import CACHE, JSON, PATH, QUIET
 from export.cli.show import print_json, say
 
 
@@ -18,15 +18,16 @@ from export.cli.show import print_json, say
 @click.option("--revision", metavar="REV", help="SOURCE's branch, tag or commit, on the Hub.  [default: main]")
 @click.option("--output-revision", metavar="REV", help="OUTPUT's, where it is on the Hub.  [default: main]")
 @CACHE
+@QUIET
 @JSON
-def verify(output: str, against: str | None, as_json: bool, **options: Any) -> None:
+def verify(output: str, against: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check a directory that convert wrote. Exits with 1 where something is wrong.
 
     OUTPUT and SOURCE are directories or Hub ids.
     """
     from export.verify import verify
 
-    with bytes_bar("comparing") as progress:
+    with show_progress(quiet) as progress:
         result = verify(output, against, progress=progress, **options)
     if as_json:
         print_json(result.to_json())

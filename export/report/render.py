@@ -7,9 +7,10 @@ from typing import Any
 
 from export.markdown import plain
 from export.report import content, plots
-from export.report.write import _MOST
 from pruner import __version__
 from pruner.errors import printable
+
+_MOST = 4000  # characters of a paragraph or a cell; a cell lists the hashes of every shard
 
 
 def _markdown(title: str, sections: list[content.Section], captions: dict[str, str]) -> str:

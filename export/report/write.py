@@ -11,7 +11,6 @@ from export.report.render import _html, _markdown
 from pruner.errors import PruneAttnError
 from pruner.files import read_json, replace_file
 
-_MOST = 4000  # characters of a paragraph or a cell; a cell lists the hashes of every shard
 REPORT_FILES = (RESULTS, "report.md", "report.html", "compare.md", "compare.html")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export.staging import check_target, staged
-from export.sweep.measure import Progress, key, measure_perplexity, measure_speed, speed_columns
+from export.sweep.measure import expected_seconds, key, measure_perplexity, measure_speed, speed_columns
 from export.sweep.plots import draw
 from export.sweep.progress import Kept, kept, write_whole
 from export.sweep.table import to_csv, to_markdown
@@ -27,6 +27,7 @@ from pruner.llama import SUBLAYERS
 from pruner.machine import computing
 from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant
 from pruner.plan_files import read_plan
+from pruner.progress import Progress, Stages, Step, keeping
 from pruner.select.choose import select
 from pruner.select.request import POSITIONAL, STRATEGIES
 from pruner.summary import identity, totals
@@ -96,8 +97,8 @@ def sweep(
 
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
-    output, show = expand(output), progress or (lambda stage, done, total: None)
-    source = fetch(source, progress=lambda done, total, what: show(what, done, total))
+    output = expand(output)
+    source = fetch(source, progress=progress)
     checkpoint = open_checkpoint(source)
     usual = (*POSITIONAL, "similarity", "search") if calibration is not None else POSITIONAL
     strategies = _choices("--strategy", strategy or ",".join(usual), STRATEGIES)
@@ -140,18 +141,22 @@ def sweep(
 
         tokens = hashlib.sha256(test.ids.tobytes()).hexdigest()  # the same text is others with another tokenizer
         also_equal = {"source": identity(checkpoint), "tokenizer": tokens, **machine.setting(device)}
-        with kept(output, setting, also_equal) as work:
+        if progress and (busy := machine.busy()):
+            progress(Step(busy))
+        with kept(output, setting, also_equal) as work, keeping(work.told):
             calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
             plans: dict[tuple[str, str], PruningPlan] = {}
             for kind in sublayers:
                 for name in strategies:
-                    plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, show)
+                    plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, progress)
             rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
             model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
             chosen = [plan for *_, plan in rows]
-            measure_perplexity(work, model, chosen, windows, show)
+            seconds = expected_seconds(checkpoint, chosen, windows, prompts.size, new_tokens, rounds, device)
+            stages = Stages("measuring", seconds, progress)
+            measure_perplexity(work, model, chosen, windows, stages)
             if rounds:
-                measure_speed(work, model, chosen, prompts, new_tokens, rounds, show)
+                measure_speed(work, model, chosen, prompts, new_tokens, rounds, stages)
             setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
             original = _row(checkpoint, work, None, "original", None, None)
             result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
@@ -224,10 +229,15 @@ def _order(
     strategy: str,
     parts: list[str],
     calibrated: dict[str, Any],
-    show: Progress,
+    progress: Progress | None,
 ) -> PruningPlan:
     """The plan for the largest of the fractions, chosen once; a search that was interrupted goes on."""
     file = work.plans / f"{sublayer}-{strategy}.json"
+
+    def inside(step: Step) -> None:
+        if progress:  # there are several of them
+            progress(replace(step, what=f"{step.what}, {sublayer} by {strategy}") if step.total else step)
+
     if not file.exists():
         plan = select(
             checkpoint,
@@ -236,7 +246,7 @@ def _order(
             strategy=strategy,
             partial=work.path / f"{file.stem}.partial.json",
             resume=True,
-            progress=lambda done, total, status: show(f"choosing {sublayer} by {strategy}", int(done), int(total)),
+            progress=inside,
             **calibrated,
         )
         write_whole(file, replace(plan, source=checkpoint.fingerprint()).to_json())

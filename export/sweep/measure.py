@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export.sweep.progress import Kept
+from pruner.machine import decoding_seconds, reading_seconds
 from pruner.plan import PruningPlan
+from pruner.progress import Stages
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from pruner.checkpoint import Checkpoint
     from pruner.evaluate.perplexity import Window
     from pruner.model import TorchLanguageModel
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 TIMED = ("decode", "prefill")
 
 
@@ -30,7 +32,7 @@ def measure_perplexity(
     model: Callable[[], TorchLanguageModel],
     plans: Sequence[PruningPlan],
     windows: Sequence[Window],
-    show: Progress,
+    stages: Stages,
 ) -> None:
     """Perplexity of the original and of every set of sublayers that some plan drops, kept as each is done."""
     from pruner.evaluate.perplexity import score
@@ -38,13 +40,11 @@ def measure_perplexity(
     wanted = {key(plan): plan for plan in (None, *plans)}
     for i, (name, plan) in enumerate(wanted.items()):
         if name in work.perplexity:
+            stages.skip(f"perplexity {i}")
             continue
-        pruned = model().without(plan.attention, plan.mlp) if plan else model()
-        scores = score(
-            pruned,
-            windows,
-            progress=lambda done, total, i=i: show("perplexity", i * total + done, len(wanted) * total),
-        )
+        with stages.stage(f"perplexity {i}", f"perplexity, {i + 1} of {len(wanted)}") as progress:
+            pruned = model().without(plan.attention, plan.mlp) if plan else model()
+            scores = score(pruned, windows, progress=progress)
         mean = scores.total / scores.tokens
         work.perplexity[name] = math.exp(mean) if mean < 700 else None  # not so where half precision gave no number
         work.save()
@@ -57,7 +57,7 @@ def measure_speed(
     prompts: np.ndarray,
     new_tokens: int,
     rounds: int,
-    show: Progress,
+    stages: Stages,
 ) -> None:
     """Times of one model for each number of sublayers dropped, in turn with the original, kept as each is done.
 
@@ -68,15 +68,12 @@ def measure_speed(
     wanted = {_counts(plan): plan for plan in (None, *plans)}
     for i, (counts, plan) in enumerate(wanted.items()):
         if counts in work.speed:
+            stages.skip(f"speed {i}")
             continue
-        pruned = model().without(plan.attention, plan.mlp) if plan else model().without()
-        times = run_in_turn(
-            {"original": model(), "pruned": pruned},
-            prompts,
-            new_tokens,
-            repeats=rounds,
-            progress=lambda done, total, i=i: show("speed", i * total + done, len(wanted) * total),
-        )
+        with stages.stage(f"speed {i}", f"speed, {i + 1} of {len(wanted)}") as progress:
+            pruned = model().without(plan.attention, plan.mlp) if plan else model().without()
+            models = {"original": model(), "pruned": pruned}
+            times = run_in_turn(models, prompts, new_tokens, repeats=rounds, progress=progress)
         original, other = (summary(times[name], len(prompts)) for name in ("original", "pruned"))
         ratio = speedup([(original, other)])
         work.speed[counts] = {
@@ -89,6 +86,25 @@ def measure_speed(
             for kind in TIMED
         }
         work.save()
+
+
+def expected_seconds(
+    checkpoint: Checkpoint,
+    plans: Sequence[PruningPlan],
+    windows: Sequence[Window],
+    prompt: int,
+    new_tokens: int,
+    rounds: int,
+    device: str,
+) -> dict[str, float]:
+    """About how long each stage of measuring takes, by the names that ``Stages`` has here."""
+    read = reading_seconds(checkpoint.parameters, sum(len(window.ids) for window in windows), device)
+    once = reading_seconds(checkpoint.parameters, prompt, device) + decoding_seconds(
+        checkpoint.nbytes, new_tokens, device
+    )
+    sets, counts = {key(plan) for plan in (None, *plans)}, {_counts(plan) for plan in (None, *plans)}
+    speed = {f"speed {i}": 2 * (rounds + 1) * once for i in range(len(counts))} if rounds else {}
+    return {f"perplexity {i}": read for i in range(len(sets))} | speed
 
 
 def _counts(plan: PruningPlan | None) -> str:

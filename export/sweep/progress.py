@@ -37,6 +37,12 @@ class Kept:
         """Write what there is."""
         write_whole(self.path / STATE, {k: v for k, v in vars(self).items() if k != "path"})
 
+    def told(self) -> str:
+        """What a sweep that is stopped has kept."""
+        if not (self.perplexity or self.speed or any(self.plans.iterdir()) or any(self.path.glob("*.partial.json"))):
+            return "nothing was finished that could be kept"
+        return f"what is finished is kept in {self.path}; the same command goes on from there"
+
     def discard(self) -> None:
         """All of it lies in the output now."""
         shutil.rmtree(self.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from export.verify import Verification, compare_tensors
 from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.model import LanguageModel, TorchLanguageModel
+from pruner.progress import Progress
 from pruner.record import read_record
 
 # Relative error of logits that rounding explains. Bit-equality is expected in PyTorch; another order of summation (a
@@ -54,7 +54,7 @@ def compare_bytes(
     pruned: Checkpoint,
     attention: list[int],
     mlp: list[int],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Every kept tensor against the original's, byte for byte (after the same conversion, where one was asked for)."""
     result = Verification(pruned.path, original.path)

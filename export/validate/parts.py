@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,6 @@ class Parts:
     def __init__(self, output: Path, key: Any) -> None:
         self._folder, self._key = output / FOLDER, _digest(key)
         self.reused: list[str] = []
-
-    def get(self, name: str, options: Any, make: Callable[[], Any]) -> Any:
-        """The saved value of this part, or ``make()``'s, which is saved."""
-        value = self.saved(name, options)
-        return self.save(name, options, make()) if value is None else value
 
     def saved(self, name: str, options: Any) -> Any:
         """``None`` where this part was not finished, with these options."""

@@ -25,7 +25,7 @@ from export.validate.footprint import footprint, open_model
 from export.validate.graphs import Graphs
 from export.validate.limits import Limits, check
 from export.validate.parts import FOLDER, Parts
-from pruner import __version__
+from pruner import __version__, machine
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.device import pick_device
 from pruner.dtypes import WEIGHT_DTYPES
@@ -34,15 +34,15 @@ from pruner.evaluate import agreement, bootstrap, latency
 from pruner.evaluate.perplexity import default_batch, sliding_windows
 from pruner.files import expand
 from pruner.hub.source import fetch
-from pruner.machine import computing, setting
+from pruner.machine import computing, decoding_seconds, reading_seconds, setting
 from pruner.names import GRAPH
+from pruner.progress import Progress, Stages, Step, keeping
 from pruner.summary import identity
 from pruner.text import Text, load_tokenizer, read_text
 
 PARTS = ("same-function", "accuracy", "tasks", "latency")
 BACKENDS = ("torch", "onnx")
 MODELS = ("original", "pruned")
-Progress = Callable[[str, int, int], None]
 
 _WINDOW = 4096  # at most, by default: the whole context of a Llama-2
 _LEAST_TOKENS = 4 * bootstrap.BLOCK
@@ -103,12 +103,10 @@ def validate(
     Raises ``PruneAttnError`` for what cannot be measured, before anything is, and ``MachineError`` for a device whose
     memory is too small for one row.
     """
-    if progress is None:
-        progress = _silent
     with computing(threads):
         run = _Run(
-            open_checkpoint(fetch(original)),
-            open_checkpoint(fetch(pruned, runtime=True)),
+            open_checkpoint(fetch(original, progress=progress)),
+            open_checkpoint(fetch(pruned, runtime=True, progress=progress)),
             options={
                 "backend": backend, "device": device, "dtype": dtype, "tasks": tasks, "limit": limit, "only": only,
                 "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens, "batch": batch,
@@ -132,10 +130,6 @@ def brief() -> dict[str, Any]:
     return {"max_tokens": 4096, "batch": "1", "new_tokens": 16, "repeats": 5, "seconds": 3}
 
 
-def _silent(label: str, done: int, total: int) -> None:
-    pass
-
-
 class _Run:
     """One validation: options checked, then the parts one after another. Models stay open while parts share them."""
 
@@ -148,10 +142,10 @@ class _Run:
         text: str | os.PathLike[str] | None,
         limits: Limits,
         output: Path | None,
-        progress: Progress,
+        progress: Progress | None,
     ) -> None:
         self.checkpoints = {"original": original, "pruned": pruned}
-        self.options, self.limits, self.progress = options, limits, progress
+        self.options, self.limits = options, limits
         self.seed = int(options["seed"])
         self.notes: list[str] = []
         self.attention, self.mlp = same.dropped_layers(original, pruned)
@@ -170,6 +164,9 @@ class _Run:
         self.parts = Parts(self.output, [*key, setting(self.device), self.seed])
         self.models: dict[str, Any] = {}
         self.open_as: tuple[str, str] | None = None
+        self.stages = Stages("validating", self._seconds(), progress)
+        if progress and (busy := machine.busy()):
+            progress(Step(busy))
 
     # -- options -------------------------------------------------------------------------------------------------------
 
@@ -319,7 +316,8 @@ class _Run:
         self.graphs = Graphs(folder)
         self.graphs.remove()  # a killed run's
         try:
-            yield
+            with keeping(self._kept):
+                yield
         finally:
             self.close()
             self.graphs.remove()
@@ -327,6 +325,46 @@ class _Run:
                 self.parts.remove()
                 if not any(self.output.iterdir()):
                     self.output.rmdir()
+
+    def _kept(self) -> str:
+        """What a run that is stopped leaves."""
+        folder = self.output / FOLDER
+        count = len(list(folder.glob("*.json")))
+        if not count:
+            return "nothing was finished that could be kept"
+        return f"{count} finished parts are kept in {folder}; the same command goes on from there"
+
+    def _seconds(self) -> dict[str, float]:
+        """About how long each part takes, by its name: what the progress of the whole is made of."""
+        stored, device = {n: c.nbytes for n, c in self.checkpoints.items()}, self.device
+        weights, parameters = max(stored.values()), self.checkpoints["original"].parameters
+        new, repeats, limit = (self.options[name] for name in ("new_tokens", "repeats", "seconds"))
+
+        def run(rows: int, prompt: int, steps: int) -> float:
+            return reading_seconds(parameters, rows * prompt, device) + decoding_seconds(weights, steps, device)
+
+        def timed(batch: int, prompt: int) -> float:
+            once = 2 * run(batch, prompt, new)
+            return once + max(latency.LEAST_REPEATS * once, min(repeats * once, limit))
+
+        load, out = 1 + weights / 1e9, {}
+        whole = "same-function" in self.parts_wanted
+        out |= {f"facts-{name}": nbytes / 1e9 if whole else 0.01 for name, nbytes in stored.items()}
+        if whole:
+            out |= {"same-bytes": weights / 5e8, "same-torch": 2 * load + 2 * run(*_CHECKED, 8), "same-onnx": load}
+        compiled = ["torch-compiled"] if "latency" in self.parts_wanted and self._wants_compiled() else []
+        for backend in [*self.backends, *compiled]:
+            if "accuracy" in self.parts_wanted and backend not in compiled:
+                tokens = sum(len(window.ids) for window in self.windows)
+                out[f"accuracy-{backend}"] = 2 * load + 2 * run(1, tokens, 0)
+                out[f"greedy-{backend}"] = 2 * run(_GREEDY_PROMPTS, _GREEDY_PROMPT_TOKENS, 2 * _GREEDY_NEW_TOKENS)
+            if self.tasks and backend not in compiled:
+                items = 4 * 300 * (self.options["limit"] or 1500) * len(self.tasks)  # tokens, roughly
+                out |= {f"tasks-{backend}-{name}": load + run(1, items, 0) for name in MODELS}
+            for case in self.cases:
+                out[f"latency-{backend}-{case[0]}x{case[1]}"] = timed(*case)
+                out |= {f"memory-{backend}-{name}": 5 + load for name in MODELS if backend not in compiled}
+        return out
 
     def measure(self) -> None:
         """Every part that was asked for; what an earlier run finished is taken from it."""
@@ -340,8 +378,8 @@ class _Run:
             "options": self.options,
             "environment": environment(self.device),
             "models": {
-                name: self.parts.get(f"facts-{name}", whole, lambda c=c: model_facts(c, whole))
-                for name, c in self._each("hashing" if whole else "reading")
+                name: self._part(f"facts-{name}", whole, f"hashing the {name}", lambda c=c: model_facts(c, whole))
+                for name, c in self.checkpoints.items()
             },
             "pruning": pruning_facts(*self.checkpoints.values(), self.attention, self.mlp),
             "dtypes": {backend: self.dtypes[backend] for backend in self.backends},
@@ -354,7 +392,7 @@ class _Run:
             "notes": self.notes,
         }
         if self.device == "cuda" and "latency" in self.parts_wanted:
-            self.results["bandwidth"] = self.parts.get("bandwidth", None, latency.copy_bandwidth)
+            self.results["bandwidth"] = self._part("bandwidth", None, "memory bandwidth", latency.copy_bandwidth)
         if "same-function" in self.parts_wanted:
             self.results["same_function"] = self._same_function()
             if not self.results["same_function"]["ok"]:
@@ -382,18 +420,22 @@ class _Run:
             )
         self.results["seconds"] = round(time.time() - started, 1)
 
-    def _each(self, label: str) -> Iterator[tuple[str, Checkpoint]]:
-        for i, (name, checkpoint) in enumerate(self.checkpoints.items()):
-            self.progress(f"{label} the {name}", i, 2)
-            yield name, checkpoint
+    def _part(self, name: str, options: Any, status: str, make: Callable[[], Any]) -> Any:
+        """A part of the results: taken from an earlier run, or made and saved. ``self.progress`` is this part's."""
+        value = self.parts.saved(name, options)
+        if value is not None:
+            self.stages.skip(name)
+            return value
+        with self.stages.stage(name, status) as self.progress:
+            self.progress(Step(name, 0, 1))
+            return self.parts.save(name, options, make())
 
     def _models(self, backend: str, purpose: str = "score") -> dict[str, Any]:
         """Both models of a backend, open. ``purpose``: score a text, or serve; they differ in ONNX's graph."""
         key = (backend, purpose if backend == "onnx" else "")
         if self.open_as != key:
             self.close()
-            for i, name in enumerate(MODELS):
-                self.progress(f"loading, {backend}", i, 2)
+            for name in MODELS:
                 self.models[name] = self._open(backend, name, purpose)
             self.open_as = key
         return self.models
@@ -440,9 +482,7 @@ class _Run:
         ids = np.asarray(self.ids[: rows * tokens], dtype=np.int64).reshape(rows, tokens)
 
         def compare_bytes() -> dict[str, Any]:
-            return same.compare_bytes(
-                original, pruned, self.attention, self.mlp, lambda a, b: self.progress("comparing the tensors", a, b)
-            )
+            return same.compare_bytes(original, pruned, self.attention, self.mlp, self.progress)
 
         def compare_torch() -> dict[str, Any]:
             models = self._models("torch")
@@ -454,14 +494,14 @@ class _Run:
             return same.compare_onnx(torch_model, session, ids, self.stored)
 
         facts: dict[str, Any] = {
-            "bytes": self.parts.get("same-bytes", None, compare_bytes),
+            "bytes": self._part("same-bytes", None, "comparing the tensors", compare_bytes),
             "torch": None,
             "onnx": None,
         }
         if facts["bytes"]["ok"]:
-            facts["torch"] = self.parts.get("same-torch", ids.tolist(), compare_torch)
+            facts["torch"] = self._part("same-torch", ids.tolist(), "comparing logits, torch", compare_torch)
             if facts["torch"]["ok"] and "onnx" in self.backends:
-                facts["onnx"] = self.parts.get("same-onnx", ids.tolist(), compare_onnx)
+                facts["onnx"] = self._part("same-onnx", ids.tolist(), "comparing logits, onnx", compare_onnx)
         facts["ok"] = all(part["ok"] for part in facts.values() if part is not None)
         return facts
 
@@ -481,7 +521,7 @@ class _Run:
                 try:
                     result = agreement.compare(
                         models["original"], models["pruned"], self.windows, batch=batch,
-                        progress=lambda a, b: self.progress(f"reading the text, {backend}", a, b),
+                        progress=self.progress,
                     )  # fmt: skip
                     break
                 except Exception as error:
@@ -504,11 +544,11 @@ class _Run:
                 prompts[:, 0] = self.bos_id
             return agreement.greedy_match(
                 models["original"], models["pruned"], prompts, min(_GREEDY_NEW_TOKENS, self.context - length),
-                seed=self.seed, progress=lambda a, b: self.progress(f"greedy text, {backend}", a, b),
+                seed=self.seed, progress=self.progress,
             )  # fmt: skip
 
-        measured = self.parts.get(f"accuracy-{backend}", what, measure)
-        return {**what, **measured, "greedy": self.parts.get(f"greedy-{backend}", what, greedy)}
+        measured = self._part(f"accuracy-{backend}", what, f"reading the text, {backend}", measure)
+        return {**what, **measured, "greedy": self._part(f"greedy-{backend}", what, f"greedy text, {backend}", greedy)}
 
     # -- latency -------------------------------------------------------------------------------------------------------
 
@@ -517,15 +557,16 @@ class _Run:
         batch, prompt = max(self.cases, key=lambda case: case[0] * case[1])
         context = min(self.context, prompt + self.options["new_tokens"])
         out = {}
-        for i, name in enumerate(MODELS):
-            self.progress(f"loading and memory, {backend}", i, 2)
+        for name in MODELS:
 
             def measure(name: str = name) -> dict[str, Any]:
                 self.close()
                 directory = self._directory(backend, name, "serve")
                 return footprint(backend, directory, self.device, self.dtypes[backend], batch, prompt, context)
 
-            out[name] = self.parts.get(f"memory-{backend}-{name}", [batch, prompt, context], measure)
+            out[name] = self._part(
+                f"memory-{backend}-{name}", [batch, prompt, context], f"loading and memory, {backend}", measure
+            )
             if "failed" in out[name]:
                 self.notes.append(f"memory of the {name}, {backend}: {out[name]['failed']}")
             elif out[name]["batch"] < batch:
@@ -555,7 +596,7 @@ class _Run:
                 try:
                     times = latency.run_in_turn(
                         self._models(backend, "serve"), ids, new, repeats=repeats, seconds=seconds,
-                        progress=lambda a, b: self.progress(f"timing, {backend}, {batch} x {prompt}", a, b),
+                        progress=self.progress,
                     )  # fmt: skip
                     break
                 except Exception as error:
@@ -576,7 +617,8 @@ class _Run:
             }  # fmt: skip
 
         room = max(prompt for _, prompt in self.cases)  # what the KV buffer is allocated for
-        case = self.parts.get(name, [new, repeats, seconds, self.text and self.text.sha256, room], measure)
+        options = [new, repeats, seconds, self.text and self.text.sha256, room]
+        case = self._part(name, options, f"timing, {backend}, {batch} x {prompt}", measure)
         self.notes += case.pop("notes")
         if not case:
             return None
@@ -622,11 +664,12 @@ class _Run:
             def save(task: str, value: Any, name: str = name, options: Any = options) -> None:
                 self.parts.save(f"task-{backend}-{name}-{task}", options[task], value)
 
-            out[name] = run_tasks(
-                lambda name=name: self._open(backend, name, "score"), self.tokenizer, self.tasks, limit=limit,
-                max_length=self.context, done=done, save=save,
-                progress=lambda task, a, b, name=name: self.progress(f"{task}, {backend}, {name}", a, b),
-            )  # fmt: skip
+            with self.stages.stage(f"tasks-{backend}-{name}", f"tasks, {backend}, {name}") as progress:
+                out[name] = run_tasks(
+                    lambda name=name: self._open(backend, name, "score"), self.tokenizer, self.tasks, limit=limit,
+                    max_length=self.context, done=done, save=save,
+                    progress=_of_several([task for task in self.tasks if task not in done], progress),
+                )  # fmt: skip
             self.close()
         compared = compare_tasks(out["original"], out["pruned"])
         for name, facts in out.items():
@@ -655,6 +698,16 @@ class _Run:
         if not broken and self.output.resolve().is_relative_to(pruned.resolve()) and record.read_record(pruned):
             update_card(pruned, self.results)
         return Validation(self.results, self.output, 1 if broken else 3 if problems else 0, problems)
+
+
+def _of_several(tasks: Sequence[str], progress: Progress) -> Progress:
+    """Each task alike, as nobody knows how long each takes."""
+
+    def inside(step: Step) -> None:
+        place = tasks.index(step.what) if step.what in tasks else 0
+        progress(Step("tasks", place + step.done / step.total, len(tasks), status=step.what))
+
+    return inside
 
 
 def _file_hash(task: str) -> str | None:

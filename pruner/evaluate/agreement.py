@@ -12,6 +12,7 @@ from pruner.errors import PruneAttnError
 from pruner.evaluate import bootstrap
 from pruner.evaluate.perplexity import TokenScores, Window, batches, default_batch, places
 from pruner.model import LanguageModel
+from pruner.progress import Progress, Step
 
 BINS = 15  # of the calibration error, as in Guo et al., 2017 (arXiv 1706.04599)
 _ROWS = 512  # positions whose distributions are made at a time
@@ -41,9 +42,9 @@ def compare(
     windows: Sequence[Window],
     *,
     batch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
-    """Run both on every window. Memory: the logits of one call of each. ``progress``: (windows done, in all)."""
+    """Run both on every window. Memory: the logits of one call of each. ``progress`` counts windows."""
     if original.vocab_size != pruned.vocab_size:
         raise PruneAttnError(
             f"the vocabularies have {original.vocab_size} and {pruned.vocab_size} tokens; "
@@ -60,7 +61,7 @@ def compare(
                 column.append(part)
         done += len(group)
         if progress:
-            progress(done, len(windows))
+            progress(Step("reading the text", done, len(windows), "windows"))
     nll, agree, kl, confidence, correct = (np.concatenate(c, axis=-1) for c in columns)
     position, scored = places(windows)
     number = np.repeat(np.arange(len(windows)), [len(w.ids) - 1 for w in windows])
@@ -184,7 +185,7 @@ def greedy_match(
     *,
     batch: int = 8,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """How many tokens both go on with alike, greedily, from (P, T) prompts, until the first that differs.
 
@@ -197,7 +198,7 @@ def greedy_match(
         same = np.cumprod(texts[0] == texts[1], axis=1).sum(axis=1)
         lengths += same.tolist()
         if progress:
-            progress(len(lengths), len(prompts))
+            progress(Step("going on from prompts", len(lengths), len(prompts), "prompts"))
     values = np.array(lengths)
     return {
         "prompts": len(prompts),

@@ -7,7 +7,7 @@ within a repeat depend on each other; repeats are what the confidence intervals 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from pruner.errors import MachineError, PruneAttnError
 from pruner.evaluate import bootstrap
 from pruner.model import LanguageModel
+from pruner.progress import Progress, Step
 
 LEAST_REPEATS = 3
 _WARM_UP_STEPS = 8
@@ -40,7 +41,7 @@ def run_in_turn(
     *,
     repeats: int,
     seconds: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Times]:
     """Times of each model on (B, T) prompts and ``new_tokens`` greedy tokens, the first of them the prefill's.
 
@@ -60,7 +61,7 @@ def run_in_turn(
         for name, model in models.items():
             _once(model, rows, new_tokens, out[name])
         if progress:
-            progress(done + 1, repeats)
+            progress(Step("timing", done + 1, repeats, "times"))
     return out
 
 

@@ -8,13 +8,14 @@ scored count. The recipe weighs each window by its tokens less one; here every t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pruner.errors import PruneAttnError
 from pruner.model import LanguageModel, Logits
+from pruner.progress import Progress, Step
 
 BOS = ("once", "every", "none")
 _LOGIT_BYTES = 512 << 20  # of one call of logits
@@ -117,9 +118,9 @@ def score(
     windows: Sequence[Window],
     *,
     batch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TokenScores:
-    """Every token's negative log-likelihood. ``progress`` is called with (windows done, windows in all)."""
+    """Every token's negative log-likelihood. ``progress`` counts windows."""
     batch = batch or default_batch(model, max(len(w.ids) for w in windows))
     parts, done = [], 0
     for group in batches(windows, batch):
@@ -127,7 +128,7 @@ def score(
         parts += negative_log_likelihoods(model.logits(ids), ids)
         done += len(group)
         if progress:
-            progress(done, len(windows))
+            progress(Step("reading the text", done, len(windows), "windows"))
     return TokenScores(np.concatenate(parts), *places(windows))
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.files import expand
 from pruner.model import LanguageModel
+from pruner.progress import Progress, Step
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -39,8 +40,6 @@ OPENLLM = {
 SHIPPED = {"cloze": Path(__file__).parent / "cloze" / "cloze.yaml"}
 _METRICS = ("acc_norm", "exact_match", "acc", "f1")  # of several, the first of these is the one that people quote
 _FILTERS = ("strict-match", "none")
-
-Progress = Callable[[str, int, int], None]  # task, requests done, of how many
 
 
 @dataclass(frozen=True)
@@ -299,7 +298,7 @@ def _evaluate(
     from pruner.evaluate.harness import LanguageModelLM, QuietHFLM
     from pruner.model import TorchLanguageModel, inference
 
-    report = (lambda so_far, total: progress(str(task), so_far, total)) if progress else None
+    report = (lambda so_far, total: progress(Step(str(task), so_far, total, "requests"))) if progress else None
     options = {"batch": batch, "max_length": max_length or model.max_length, "report": report}
     tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a pad token
     if isinstance(model, TorchLanguageModel):

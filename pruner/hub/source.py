@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,8 +27,7 @@ from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.client import _range, _status, _unreachable, _why_not, ask, beside, quiet
 from pruner.names import CARD, CONFIG, GENAI_CONFIG, GRAPH, INDEX, PLAN_FILE, PYTORCH, PYTORCH_INDEX, WEIGHTS
-
-Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, "fetching")
+from pruner.progress import Progress, Step, keeping
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 _BESIDES = (PLAN_FILE, CARD)  # what was pruned before; licence and language
@@ -69,7 +68,7 @@ def fetch(
 
     Fetched are the configuration, the weights in one format (safetensors if there are any), the tokenizer, licence and
     so on; with ``runtime`` also ``model.onnx`` and ``genai_config.json``. Headers are checked before any weights are
-    fetched. ``progress`` is called with (bytes, bytes in all, "fetching"). Raises as ``open_source`` does.
+    fetched. ``progress`` counts bytes. Raises as ``open_source`` does.
     """
     model = find(source, revision=revision, cache_dir=cache_dir)
     return expand(source) if model is None else model.fetch(runtime, progress)
@@ -236,7 +235,10 @@ class HubModel:
 
         names = [name for name in dict.fromkeys(names) if name in self.sizes]
         total, stop = sum(self.sizes[name] for name in names if missing(name)), threading.Event()
-        bar = _bar(stop, total, progress if total else None)
+        begun = Step("fetching", 0, total, "bytes", self.repo_id, total / 5e7)
+        bar = _bar(stop, begun, progress if total else None)
+        if progress and total:
+            progress(begun)
 
         def get() -> Path:
             wanted = [glob.escape(name) for name in names]
@@ -254,14 +256,14 @@ class HubModel:
                     raise ConnectionError(f"{name} did not come")
             return directory
 
-        with quiet():
+        with quiet(), keeping(lambda: "files that were fetched whole stay in the Hub's cache"):
             return beside(lambda: ask(get, self.repo_id), stop)
 
 
 # -- asking the Hub ----------------------------------------------------------------------------------------------------
 
 
-def _bar(stop: threading.Event, total: int, progress: Progress | None) -> type:
+def _bar(stop: threading.Event, begun: Step, progress: Progress | None) -> type:
     """What ``huggingface_hub`` counts its bytes with: shows nothing, tells ``progress``, ends at ``stop``."""
     from tqdm import tqdm
 
@@ -279,6 +281,7 @@ def _bar(stop: threading.Event, total: int, progress: Progress | None) -> type:
             self.n += n or 0
             if self.bytes and progress:
                 counts[id(self)] = self.n
-                progress(int(min(max(counts.values()), total)), total, "fetching")
+                done = int(min(max(counts.values()), begun.total))
+                progress(replace(begun, done=done))
 
     return Bar

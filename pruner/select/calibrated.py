@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruner import machine
 from pruner._version import __version__
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
+from pruner.progress import Progress, Step
 from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
 from pruner.select.request import check_objective
 from pruner.select.sampling import how_many, windows
@@ -29,7 +32,12 @@ SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at
 PARTIAL = "prune-attn partial plan"
 _MOST_KEPT = 1 << 30  # bytes; a long search keeps every figure
 
-Progress = Callable[[float, float, str], None]  # done, in all (estimated), what is known so far
+
+def told_of(partial: Path) -> str:
+    """What a run that is stopped has kept."""
+    if not partial.exists():
+        return "nothing was kept"
+    return f"what was computed is kept in {partial}; --resume goes on from there"
 
 
 class _Job:
@@ -46,14 +54,13 @@ class _Job:
         partial: str | os.PathLike[str] | None,
         resume: bool,
         progress: Progress | None,
-        say: Callable[[str], None] | None,
     ) -> None:
         check_objective(objective)
         self.checkpoint, self.sublayer, self.strategy, self.objective = checkpoint, sublayer, strategy, objective
         self.device, self.seed, self.progress = device, seed, progress
-        self.say = say or (lambda _: None)
         self.partial, self.resume = None if partial is None else expand(partial), resume
-        self.status, self.total, self.expected, self.saved_at = "", 0.0, 0.0, time.monotonic()
+        self.what, self.status, self.expected, self.saved_at = "running the original", "", 0.0, time.monotonic()
+        self.total, self.before, self.seconds = 0.0, 0, None  # of what is done now, in layers times samples
         self.check_partial()
 
     def check_partial(self) -> None:
@@ -102,7 +109,12 @@ class _Job:
             + ("" if room.store == self.device else "; hidden states wait in CPU memory")
         )
         self.total = self.samples * self.checkpoint.decoder.num_layers
+        tokens = self.samples * self.length
+        self.seconds = machine.reading_seconds(self.checkpoint.parameters, tokens, self.device)
+        if busy := machine.busy():
+            self.say(busy)
         self.began = time.monotonic()
+        self.advance(0)
         evaluator.losses([frozenset()])
 
     def by_similarity(self, candidates: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,8 +132,8 @@ class _Job:
             work = samples * layer_evaluations(list(subsets(candidates, count)), layers)
             work += expected_work(len(candidates), -1, count, **shape)
         self.expected = work * (time.monotonic() - self.began) / done
-        self.say(f"about {work / samples:,.0f} layer evaluations, which will take about {_duration(self.expected)}")
-        self.total = done + work
+        self.what, self.total, self.before, self.seconds = "choosing", work, done, self.expected
+        self.advance(0)
 
         def losses(sets: Any, samples: int) -> np.ndarray:
             return self.evaluator.table(sets, samples, self.keep)
@@ -130,7 +142,8 @@ class _Job:
             _, dropped = found.sets[size]
             self.status = f"{size} dropped: {_listed(dropped)}; perplexity {self.evaluator.perplexity(dropped):.2f}"
             if self.strategy != "exhaustive":
-                self.total = self.evaluator.layer_samples + expected_work(len(candidates), count, size, **shape)
+                done = self.evaluator.layer_samples - self.before
+                self.total = done + expected_work(len(candidates), count, size, **shape)
             self.save()
 
         if self.strategy == "exhaustive":
@@ -195,9 +208,15 @@ class _Job:
 
     # -- progress, and what is kept for --resume ---------------------------------------------------------------------
 
-    def advance(self, layer_samples: int) -> None:
+    def say(self, line: str) -> None:
         if self.progress:
-            self.progress(self.evaluator.layer_samples, max(self.total, self.evaluator.layer_samples), self.status)
+            self.progress(Step(line))
+
+    def advance(self, _: int) -> None:
+        if self.progress:
+            done, of = self.evaluator.layer_samples - self.before, self.samples
+            total = max(self.total, done)  # an estimate
+            self.progress(Step(self.what, done / of, total / of, "layer evaluations", self.status, self.seconds))
 
     def keep(self) -> None:
         if time.monotonic() - self.saved_at > 5:
@@ -223,7 +242,7 @@ class _Job:
         }
 
     def save(self) -> None:
-        if self.partial is None:
+        if self.partial is None or not any(self.evaluator.known):  # the original has to be run again anyway
             return
         self.saved_at = time.monotonic()
         known = [[sorted(dropped), rows] for dropped, rows in self.evaluator.known.items()]
@@ -235,6 +254,16 @@ class _Job:
             os.replace(staging, self.partial)
         finally:
             staging.unlink(missing_ok=True)
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Ctrl-C loses nothing that has been computed."""
+        try:
+            yield
+        except BaseException as stop:
+            if not isinstance(stop, Exception):
+                self.save()
+            raise
 
     def read_partial(self) -> dict[str, Any]:
         if not self.resume or self.partial is None or not self.partial.exists():
@@ -250,16 +279,6 @@ class _Job:
                 f"{self.partial}: was made with another {differs[0]}; give the same options, or remove it"
             )
         return state
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def _listed(layers: Any) -> str:

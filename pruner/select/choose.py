@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
 from pruner.machine import computing
-from pruner.select.calibrated import Progress, _Job
+from pruner.progress import Progress
+from pruner.select.calibrated import _Job
 from pruner.select.exhaustive import check_few
 from pruner.select.request import POSITIONAL
 from pruner.select.search import order_of
@@ -51,7 +51,6 @@ def selection(
     resume: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> Selection:
     """Choose ``drop`` (a count, or a percentage of the original's) of ``sublayer``; the plan's order names them all.
 
@@ -61,7 +60,7 @@ def selection(
     The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed`` says
     where in its part of the text each window lies; ``threads`` as in ``pruner.machine.computing``. ``partial`` is a
     file that keeps what has been computed; with ``resume`` an interrupted run goes on from it to the same plan (remove
-    it when the plan is safe). ``say`` gets lines about what will be done and how long it takes. Raises
+    it when the plan is safe). Raises
     ``PruneAttnError`` for bad input and ``MachineError``.
     """
     from pruner.checkpoint import Checkpoint, open_checkpoint
@@ -89,13 +88,13 @@ def selection(
             partial,
             resume,
             progress,
-            say,
         )
         job.prepare(text, samples, length)
         if strategy == "similarity":
             order, found = job.by_similarity(candidates), None
         else:
-            found = job.by_loss(candidates, count)
+            with job.saved_when_stopped():
+                found = job.by_loss(candidates, count)
             order = order_of(found, count)
         plan = job.plan(order, found, count, str(drop))
         return Selection(plan, job.cost(time.monotonic() - started))

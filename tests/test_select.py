@@ -275,6 +275,7 @@ def test_the_command(cli, tmp_path):
     args = ("--text", TEXT, "--samples", 8, "--length", 16, "-o", plan)
     done = cli("select", SHIPPED, "--drop", "33%", *args, check=0)
     assert "layer evaluations" in done.stdout
-    assert done.stderr == ""
+    assert "running the original: 12 layer evaluations" in done.stderr
+    assert cli("select", SHIPPED, "--drop", "33%", *args, "--quiet", "--overwrite", check=0).stderr == ""
     assert len(json.loads(plan.read_text())["attention"]) == 4
     assert Path(plan).parent == tmp_path

@@ -61,8 +61,8 @@ NO_TOKENIZER = (
 )
 RUNS_ON = {
     "float32": "float32 runs on the CPU: ONNX Runtime has no CUDA attention kernel for it",
-    "float16": "float16 runs on CUDA, and on the CPU slowly",
-    "bfloat16": "bfloat16 runs on CUDA only, not on the CPU",
+    "float16": "float16 runs on CUDA; on a CPU it is half as fast as float32, so convert with --dtype float32 for one",
+    "bfloat16": "bfloat16 runs on CUDA only; for a CPU convert with --dtype float32",
 }
 
 

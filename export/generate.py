@@ -17,7 +17,7 @@ from pruner.hub.source import fetch
 from pruner.machine import computing
 from pruner.model import LanguageModel, TorchLanguageModel
 from pruner.progress import Progress
-from pruner.text import load_tokenizer
+from pruner.prompt import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -49,38 +49,46 @@ def generate(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     write: Callable[[str], None] | None = None,
+    chat: bool = False,
 ) -> Generated:
     """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.
 
     ``directory`` may be a Hub id, at ``revision``, through ``cache_dir``. The prompt is taken as it is, with the
-    tokenizer's own BOS and no chat template. ``threads``: see ``pruner.machine.computing``. Raises ``PruneAttnError``.
+    tokenizer's own BOS, or with ``chat`` as a user's message in the chat template. ``threads``: see
+    ``pruner.machine.computing``. Raises ``PruneAttnError``.
     """
     with computing(threads, torch=backend == "torch"):
         directory = fetch(
             directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress
         )
-        return _generate(directory, prompt, new_tokens, backend, device, write)
+        tokenizer = PromptTokenizer(directory)
+        ids = tokenizer.chat_ids(prompt) if chat else tokenizer.ids(prompt)
+        return _generate(directory, tokenizer, ids, new_tokens, backend, device, write)
 
 
 def _generate(
-    directory: Path, prompt: str, new_tokens: int, backend: str, device: str, write: Callable[[str], None] | None
+    directory: Path,
+    tokenizer: PromptTokenizer,
+    ids: list[int],
+    new_tokens: int,
+    backend: str,
+    device: str,
+    write: Callable[[str], None] | None,
 ) -> Generated:
-    tokenizer = load_tokenizer(directory)
-    eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_token_id)
+    eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_id())
     ends = set(eos if isinstance(eos, list) else [eos])
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise PruneAttnError("the prompt is empty and the tokenizer adds nothing; give some text")
     model, took = _open(directory, backend, device, len(ids) + new_tokens)
     if len(ids) >= model.max_length:
         raise PruneAttnError(f"the prompt has {len(ids)} tokens and the context {model.max_length}; give a shorter one")
     # after a letter a first space stays, and bytes of half a character do not join the prompt's
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+    anchor = tokenizer.plain_ids("a")
 
     def text_of(tokens: list[int]) -> str:
-        return tokenizer.decode(anchor + tokens, skip_special_tokens=True)[len(before) :]
+        return tokenizer.text(anchor + tokens)[len(before) :]
 
-    before = tokenizer.decode(anchor, skip_special_tokens=True)
+    before = tokenizer.text(anchor)
     shown, out = "", []
     started = time.perf_counter()
     logits = model.prefill([ids])

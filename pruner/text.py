@@ -46,11 +46,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
             place = Path(made)
             for name, data in meta_files(directory).items():
                 (place / name).write_bytes(data)
-        try:
-            return AutoTokenizer.from_pretrained(str(place))
-        except (OSError, ValueError) as error:
-            reason = one_line(error, 120) if has_tokenizer(place) else "no tokenizer.json and no tokenizer.model"
-            raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's") from None
+        reason = "no tokenizer.json and no tokenizer.model"
+        if has_tokenizer(place) or (place / "vocab.json").is_file():  # else transformers makes one of three tokens
+            try:
+                return AutoTokenizer.from_pretrained(str(place))
+            except (OSError, ValueError) as error:
+                reason = one_line(error, 120)
+        raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's")
 
 
 def has_tokenizer(directory: Path) -> bool:

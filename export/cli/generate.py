@@ -13,7 +13,8 @@ from export.cli.show import print_json, write_text
 
 @click.command()
 @click.argument("directory", type=PATH)
-@click.option("--prompt", required=True, help="What to go on from.")
+@click.option("--prompt", required=True, help="What to go on from; - reads it from standard input.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most.")
 @click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -32,6 +33,8 @@ def generate(
     with show_progress(quiet) as progress:  # closed before text comes
         runtime = options["backend"] == "onnx"
         directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
+    if options["prompt"] == "-":
+        options["prompt"] = _read_input()
     result = generate(directory, write=None if as_json else write_text, **options)
     if as_json:
         print_json(vars(result))
@@ -43,3 +46,12 @@ def generate(
         f"{speed} ({len(result.tokens)} new)",
         err=True,
     )
+
+
+def _read_input() -> str:
+    from pruner.errors import PruneAttnError
+
+    try:
+        return click.get_binary_stream("stdin").read().decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise PruneAttnError(f"standard input is not UTF-8 text (byte {error.start})") from None

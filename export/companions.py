@@ -9,6 +9,8 @@ from typing import Any
 from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.companions import LICENCE, USE, is_companion
 from pruner.checkpoint.meta_files import TOKENIZER, meta_files, tokenizer_json
+from pruner.errors import PruneAttnError
+from pruner.record import is_file_name
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -33,7 +35,11 @@ def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
 def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     files = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
     names = {file.relative_to(directory).as_posix(): file for file in files if file.is_file()}
-    return {name: file for name, file in names.items() if is_companion(name, patterns)}
+    found = {name: file for name, file in names.items() if is_companion(name, patterns)}
+    for name, file in found.items():
+        if not is_file_name(name):
+            raise PruneAttnError(f"{file}: has a name of more than 200 or of unprintable characters; rename it")
+    return found
 
 
 def tokenizer_class(files: dict[str, bytes], config: dict[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ def _text(value: Any) -> bool:
 
 
 def _long_text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= LONGEST_REQUEST
+    return value is None or (isinstance(value, str) and len(value) <= LONGEST_REQUEST)
 
 
 def _count(value: Any) -> bool:
@@ -37,7 +37,8 @@ def _small(value: Any) -> bool:
     return _count(value) and value <= MOST_LAYERS
 
 
-def _file_name(value: str) -> bool:
+def is_file_name(value: str) -> bool:
+    """Whether a record can list a file of this relative name."""
     path = PurePosixPath(value)
     return 0 < len(value) < 200 and value.isprintable() and not path.is_absolute() and ".." not in path.parts
 
@@ -49,11 +50,11 @@ SOURCE = {
     "name": _text,
     "hub?": {"repo_id": _text, "commit": _text},
     "config_sha256": _text,
-    "shards": (_file_name, {"size": _count, "header_sha256": _text}),
+    "shards": (is_file_name, {"size": _count, "header_sha256": _text}),
 }
 _PREVIOUS: dict[str, Any] = {
     "strategy": _text,
-    "requested?": _long_text,
+    "requested": _long_text,
     "attention": is_layers,
     "mlp": is_layers,
     "source": SOURCE,
@@ -64,7 +65,7 @@ _PREVIOUS: dict[str, Any] = {
     "converted_to?": ("float16", "bfloat16", "float32").__contains__,
 }
 _PREVIOUS["previous?"] = _PREVIOUS
-_RECORD = _PREVIOUS | {"files": (_file_name, _FACT)}
+_RECORD = _PREVIOUS | {"files": (is_file_name, _FACT)}
 
 
 def misfit(value: Any, shape: Any, field: str = "") -> str | None:
@@ -82,7 +83,8 @@ def misfit(value: Any, shape: Any, field: str = "") -> str | None:
         name = key.removesuffix("?")
         if value.get(name) is None and name != key:
             continue
-        if wrong := misfit(value.get(name), inner, f"{field}.{name}".lstrip(".")):
+        inside = f"{field}.{name}".lstrip(".")
+        if wrong := misfit(value[name], inner, inside) if name in value else inside:
             return wrong
     return None
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pruner.errors import PruneAttnError
-from pruner.files import read_bounded, read_json
+from pruner.files import open_regular, read_bounded, read_json
 
 TOKENIZER = "tokenizer.model"
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # kinds of pieces
 _BPE = 2  # kind of model
+_MOST_BYTES = 4 << 20  # Llama 2's has 0.5 MB
+_LONGEST_TOKEN = 500  # characters; all ways to cut one in two are tried
 
 
 def tokenizer_file(directory: Path) -> Path | None:
@@ -33,14 +35,14 @@ def check_tokenizer(directory: Path, vocabulary: int) -> None:
     path = tokenizer_file(directory)
     if path is None:
         return
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if file.read(1) != b"\n":  # the first field of SentencePiece's protocol buffer
             raise PruneAttnError(
                 f"{path}: is no SentencePiece model (Llama 3's is not); of Meta's distributions Llama 2's are read, of "
                 "the others give the Hugging Face form"
             )
     try:
-        pieces = sum(number == 1 for number, _ in _fields(path.read_bytes()))
+        pieces = sum(number == 1 for number, _ in _fields(read_bounded(path, _MOST_BYTES)))
     except (ValueError, IndexError, struct.error) as error:
         raise _no_tokenizer(path, error) from None
     if pieces > vocabulary or (pieces < vocabulary and path.parent != directory):
@@ -65,7 +67,7 @@ def meta_files(directory: Path) -> dict[str, bytes]:
     path = tokenizer_file(directory)
     if path is None:
         return files
-    model = path.read_bytes()
+    model = read_bounded(path, _MOST_BYTES)
     try:
         tokenizer, special = _tokenizer(model)
     except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
@@ -115,9 +117,6 @@ def tokenizer_json(directory: Path) -> bytes | None:
     except (PruneAttnError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None
     return _dump(tokenizer)
-
-
-_MOST_BYTES = 16 << 20  # Llama 2's has 0.5 MB
 
 
 def _beside(directory: Path, name: str) -> dict[str, Any]:
@@ -184,8 +183,8 @@ def _tokenizer(model: bytes) -> tuple[bytes, tuple[str, ...]]:
     if [kind for _, _, kind in pieces[:3]] != [_UNKNOWN, _CONTROL, _CONTROL]:
         raise ValueError("its first three tokens are not the unknown one, beginning and end")
     vocabulary = {text: i for i, (text, _, _) in enumerate(pieces)}
-    if len(vocabulary) != len(pieces):
-        raise ValueError("a token stands twice in it")
+    if len(vocabulary) != len(pieces) or max(map(len, vocabulary)) > _LONGEST_TOKEN:
+        raise ValueError(f"a token stands twice in it or has more than {_LONGEST_TOKEN} characters")
     unknown, beginning, end = (text for text, _, _ in pieces[:3])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [

@@ -248,3 +248,38 @@ def test_outputs_that_are_not_ours_stay(tmp_path, text, cli):
     os.mkdir(tmp_path / "new.partial")
     with pytest.raises(PruneAttnError, match="in the way"):
         sweep(SHIPPED, tmp_path / "new", **options)
+
+
+@pytest.mark.parametrize(
+    ("worst", "beyond"), [(1.0003, []), (1.04, []), (1.5, []), (9, []), (30, ["↑600"]), (5e6, ["↑1e8"])]
+)
+def test_the_plots_can_be_read_whatever_explodes(tmp_path, monkeypatch, worst, beyond):
+    from matplotlib.figure import Figure
+
+    from export.sweep.plots import draw
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: (figures.append(figure), save(figure, file)))
+
+    def row(dropped: int, perplexity: float) -> dict[str, object]:
+        speeds = {
+            f"{kind}_speedup{x}": 1 + dropped / 10 for kind in ("decode", "prefill") for x in ("", "_low", "_high")
+        }
+        row = {"sublayer": "mlp", "strategy": "last", "dropped": dropped, "of": 10, "perplexity": perplexity}
+        return row | speeds
+
+    names = {"source": {"name": "a$_$^b"}, "text": {"name": "x$y$", "tokens": 10}, "dtype": "float32", "hardware": "x"}
+    setting = names | {"sublayers": ["mlp"], "strategies": ["last"], "speed": {"rounds": 1}}
+    draw(tmp_path, setting, row(0, 20.0), [row(1, 20 * worst**0.5), row(2, 20 * worst)])
+    for figure in figures:
+        for panel in figure.axes:
+            low, high = panel.get_ylim()
+            assert low < 20
+            assert min(worst, 10) * 20 < high <= 400
+            ticks = [t for t in panel.get_yticks() if low <= t <= high]
+            assert 3 <= len(ticks) <= 9
+            labels = [label.get_text() for label in panel.get_yticklabels()]
+            assert max(map(len, labels), default=0) <= 7
+            shown = [text.get_text() for text in panel.texts]
+            assert shown == beyond if worst < 100 else shown[-1:] == beyond
+    assert len(figures) == 2

@@ -93,6 +93,7 @@ def _compare_table(rows: list[dict[str, Any]]) -> content.Table:
             ]
             for r in rows
         ],
+        stacked=True,
     )  # fmt: skip
 
 

@@ -23,12 +23,16 @@ _DIGITS = 16  # of a hash
 
 @dataclass
 class Table:
-    """The first column is a label, the others are numbers, or ``words``."""
+    """The first column is a label, the others are numbers, or ``words``.
+
+    ``stacked``: too many columns for a narrow screen, on which each row becomes a list of its own.
+    """
 
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
     words: bool = False
+    stacked: bool = False
 
 
 @dataclass

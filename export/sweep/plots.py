@@ -47,19 +47,21 @@ def _perplexity(figure: Figure, setting: dict[str, Any], original: Row, points: 
     kinds = setting["sublayers"]
     figure.set_size_inches(3.4 * len(kinds) + 1.2, 4.2)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    axis = _Axis(original, points)
     for kind, panel in zip(kinds, panels, strict=True):
         panel.axhline(original["perplexity"], color="black", linewidth=1)
         for strategy, (color, style, marker) in zip(setting["strategies"], _LOOKS, strict=False):
             rows = [r for r in points if (r["sublayer"], r["strategy"]) == (kind, strategy) and r["perplexity"]]
             rows.sort(key=lambda row: row["dropped"])
+            dropped = [100 * row["dropped"] / row["of"] for row in rows]
             panel.plot(
-                [0, *(100 * row["dropped"] / row["of"] for row in rows)],
-                [original["perplexity"], *(row["perplexity"] for row in rows)],
+                [0, *dropped], [original["perplexity"], *map(axis.at, rows)],
                 color=color, linestyle=style, marker=marker, markevery=slice(1, None), label=strategy,
             )  # fmt: skip
+            axis.mark_beyond(panel, dropped, rows, color)
         panel.plot([0], [original["perplexity"]], "*", color="black", markersize=13, label="original", clip_on=False)
         panel.set(title=_TITLES[kind], xlabel="% dropped", xlim=(0, None))
-        _log(panel)
+        axis.set(panel)
     panels[0].set_ylabel("perplexity (lower is better)")
     panels[0].legend(loc="upper left", frameon=False)
     figure.suptitle(_title(setting), fontsize=9, color="#444444")
@@ -69,6 +71,7 @@ def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[
     """Perplexity against speed: decode and prefill, a colour a strategy, a marker a sublayer kind."""
     figure.set_size_inches(9.6, 4.6)
     panels = figure.subplots(1, 2, sharey=True)
+    axis = _Axis(original, points)
     for timed, panel in zip(("decode", "prefill"), panels, strict=True):
         panel.axhline(original["perplexity"], color="black", linewidth=1)
         panel.axvline(1, color="black", linewidth=1)
@@ -79,12 +82,13 @@ def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[
                 rows.sort(key=lambda row: row["dropped"])
                 speed = [row[f"{timed}_speedup"] for row in rows]
                 panel.plot(
-                    [1, *speed], [original["perplexity"], *(row["perplexity"] for row in rows)],
+                    [1, *speed], [original["perplexity"], *map(axis.at, rows)],
                     color=color, linestyle=style, linewidth=0.8,
                 )  # fmt: skip
+                axis.mark_beyond(panel, speed, rows, color)
                 for x, row in zip(speed, rows, strict=True):
                     panel.errorbar(
-                        x, row["perplexity"],
+                        x, axis.at(row),
                         xerr=[[x - row[f"{timed}_speedup_low"]], [row[f"{timed}_speedup_high"] - x]],
                         color=color, marker=_MARKERS[kind], elinewidth=0.8,
                         markerfacecolor="white" if within_noise(row, original, timed) else color,
@@ -93,7 +97,7 @@ def _speed(figure: Figure, setting: dict[str, Any], original: Row, points: list[
         reached = [1.0, *(row[f"{timed}_speedup"] for row in points)]
         margin = 0.1 * (max(reached) - min(reached)) + 0.01
         panel.set(xlabel=f"{timed} speed, times the original's", xlim=(min(reached) - margin, max(reached) + margin))
-        _log(panel)
+        axis.set(panel)
     panels[0].set_ylabel("perplexity (lower is better)")
     _legend(figure, setting)
     figure.suptitle(f"{_title(setting)}, {setting['hardware']}", fontsize=9, color="#444444")
@@ -116,13 +120,46 @@ def _legend(figure: Figure, setting: dict[str, Any]) -> None:
     figure.legend(handles=entries, loc="outside right upper", frameon=False)
 
 
-def _log(panel: Axes) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+_MOST = 10  # times the original's perplexity: a model beyond that is broken, and by how much nobody needs to see
 
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+
+class _Axis:
+    """A logarithmic axis of perplexity that ends where nobody looks; arrows with values show what is beyond."""
+
+    def __init__(self, original: Row, points: list[Row]) -> None:
+        values = [row["perplexity"] for row in (original, *points) if row["perplexity"]]
+        self.cap = _MOST * original["perplexity"]
+        self.low, self.high = min(values) / 1.05, 1.05 * min(max(values), self.cap)
+        if max(values) > self.cap:
+            self.high = 2 * self.cap  # room for the values
+        self.marked: list[tuple[Axes, float]] = []
+
+    def at(self, row: Row) -> float:
+        """Where a row is drawn."""
+        return min(row["perplexity"], self.cap)
+
+    def mark_beyond(self, panel: Axes, places: list[float], rows: list[Row], color: str) -> None:
+        """Write the values of those that are beyond over them, one above the other where several are at one place."""
+        for x, row in zip(places, rows, strict=True):
+            if row["perplexity"] > self.cap:
+                value = f"{row['perplexity']:,.0f}" if row["perplexity"] < 1e5 else f"{row['perplexity']:.0e}"
+                value = value.replace("e+0", "e").replace("e+", "e")
+                above = 6 + 9 * self.marked.count((panel, x))
+                panel.annotate(f"\u2191{value}", (x, self.cap), (0, above), textcoords="offset points", ha="center",
+                               fontsize=7.5, color=color)  # fmt: skip
+                self.marked.append((panel, x))
+
+    def set(self, panel: Axes) -> None:
+        """Limits, and ticks that can be read: 3 to 8 of them."""
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+        panel.set_yscale("log")
+        panel.set_ylim(self.low, self.high)
+        narrow = self.high < 3 * self.low
+        panel.yaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _title(setting: dict[str, Any]) -> str:

@@ -328,6 +328,18 @@ def test_a_row_padded_on_the_left_has_nan_for_logits(tmp_path, ids, dtype, last_
     assert np.isfinite(caches).all()
 
 
+@pytest.mark.parametrize("last_token_logits", [False, True])
+def test_the_guard_changes_no_other_row_by_a_bit(tmp_path, monkeypatch, last_token_logits):
+    """As on a GPU: everything bound, fp16, a mask of fixed length, beside the graph without the guard."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    from bench_guard import run_guard_works
+
+    convert(MODEL, tmp_path / "out", drop=8)
+    assert run_guard_works(str(tmp_path / "out"), last_token_logits, False, "cpu") == {"wrong": []}
+    bare = onnx.load(tmp_path / "out" / "bare.onnx", load_external_data=False)
+    assert not [node.name for node in bare.graph.node if "guard" in node.name]
+
+
 def test_last_token_logits(copy, oracle, ids):
     export(copy, last_token_logits=True)
     session = OnnxSession(copy)

@@ -90,7 +90,7 @@ def write_gguf(
                 data = make()
                 writer.write_tensor_data(_Writes(data))
                 done += data.nbytes
-                if progress:
+                if progress is not None:
                     progress(Step("writing", done, total, "bytes", seconds=total / 5e8))
             for file in writer.fout:
                 file.flush()

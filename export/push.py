@@ -131,7 +131,7 @@ def push(
         name_repository(directory, repo_id)
         files = _files(directory)
         total = sum(files.values())
-        if progress and not terminal:
+        if progress is not None and not terminal:
             progress(Step("pushing", 0, total, "bytes", repo_id, total / 2e7))
         done = beside(
             lambda: ask(
@@ -150,7 +150,7 @@ def push(
                 again=not create_pr,  # it might open a second one
             )
         )
-    if progress and not terminal:
+    if progress is not None and not terminal:
         progress(Step("pushing", total, total, "bytes", repo_id, total / 2e7))
     notes += [" ".join(str(w.message).split()) for w in said if CARD in str(w.message)]
     return Push(repo_id, files, False, done.commit_url, done.oid, done.pr_url, stale, notes)

@@ -265,5 +265,5 @@ def compare_tensors(
                 position += len(chunk)
             done += tensor.nbytes
             result.compared += 1
-            if progress:
+            if progress is not None:
                 progress(Step("comparing", done, total, "bytes", seconds=total / 1e9))

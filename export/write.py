@@ -117,7 +117,7 @@ def _write(
     def advance(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        if progress:
+        if progress is not None:
             progress(Step("writing", done, total, "bytes", seconds=total / 5e8))
 
     written = write_shards(directory, shards, advance)

@@ -61,7 +61,7 @@ class Stages:
             if step.total:
                 more = f", {step.status}" if step.status else ""
                 self._tell(before + share * min(step.done / step.total, 1), status + more)
-            elif self._progress:
+            elif self._progress is not None:
                 self._progress(step)
 
         yield inside
@@ -69,7 +69,7 @@ class Stages:
 
     def _tell(self, done: float, status: str) -> None:
         self._now = replace(self._now, done=done, status=status)
-        if self._progress:
+        if self._progress is not None:
             self._progress(self._now)
 
 

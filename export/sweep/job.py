@@ -141,7 +141,7 @@ def sweep(
 
         tokens = hashlib.sha256(test.ids.tobytes()).hexdigest()  # the same text is others with another tokenizer
         also_equal = {"source": identity(checkpoint), "tokenizer": tokens, **machine.setting(device)}
-        if progress and (busy := machine.busy()):
+        if progress is not None and (busy := machine.busy()):
             progress(Step(busy))
         with kept(output, setting, also_equal) as work, keeping(work.told):
             calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
@@ -235,7 +235,7 @@ def _order(
     file = work.plans / f"{sublayer}-{strategy}.json"
 
     def inside(step: Step) -> None:
-        if progress:  # there are several of them
+        if progress is not None:  # there are several of them
             progress(replace(step, what=f"{step.what}, {sublayer} by {strategy}") if step.total else step)
 
     if not file.exists():

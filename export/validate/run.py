@@ -165,7 +165,7 @@ class _Run:
         self.models: dict[str, Any] = {}
         self.open_as: tuple[str, str] | None = None
         self.stages = Stages("validating", self._seconds(), progress)
-        if progress and (busy := machine.busy()):
+        if progress is not None and (busy := machine.busy()):
             progress(Step(busy))
 
     # -- options -------------------------------------------------------------------------------------------------------
@@ -427,7 +427,6 @@ class _Run:
             self.stages.skip(name)
             return value
         with self.stages.stage(name, status) as self.progress:
-            self.progress(Step(name, 0, 1))
             return self.parts.save(name, options, make())
 
     def _models(self, backend: str, purpose: str = "score") -> dict[str, Any]:

@@ -60,7 +60,7 @@ def compare(
             for column, part in zip(columns, _distances(pair[0][row], pair[1][row], ids[row]), strict=True):
                 column.append(part)
         done += len(group)
-        if progress:
+        if progress is not None:
             progress(Step("reading the text", done, len(windows), "windows"))
     nll, agree, kl, confidence, correct = (np.concatenate(c, axis=-1) for c in columns)
     position, scored = places(windows)
@@ -197,7 +197,7 @@ def greedy_match(
         texts = [_greedy(model, part, new_tokens) for model in (original, pruned)]
         same = np.cumprod(texts[0] == texts[1], axis=1).sum(axis=1)
         lengths += same.tolist()
-        if progress:
+        if progress is not None:
             progress(Step("going on from prompts", len(lengths), len(prompts), "prompts"))
     values = np.array(lengths)
     return {

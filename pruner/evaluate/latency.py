@@ -60,7 +60,7 @@ def run_in_turn(
             break
         for name, model in models.items():
             _once(model, rows, new_tokens, out[name])
-        if progress:
+        if progress is not None:
             progress(Step("timing", done + 1, repeats, "times"))
     return out
 

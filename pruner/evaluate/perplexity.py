@@ -127,7 +127,7 @@ def score(
         ids = np.stack([window.ids for window in group])
         parts += negative_log_likelihoods(model.logits(ids), ids)
         done += len(group)
-        if progress:
+        if progress is not None:
             progress(Step("reading the text", done, len(windows), "windows"))
     return TokenScores(np.concatenate(parts), *places(windows))
 

@@ -298,7 +298,9 @@ def _evaluate(
     from pruner.evaluate.harness import LanguageModelLM, QuietHFLM
     from pruner.model import TorchLanguageModel, inference
 
-    report = (lambda so_far, total: progress(Step(str(task), so_far, total, "requests"))) if progress else None
+    report = (
+        (lambda so_far, total: progress(Step(str(task), so_far, total, "requests"))) if progress is not None else None
+    )
     options = {"batch": batch, "max_length": max_length or model.max_length, "report": report}
     tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a pad token
     if isinstance(model, TorchLanguageModel):

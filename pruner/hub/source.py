@@ -237,7 +237,7 @@ class HubModel:
         total, stop = sum(self.sizes[name] for name in names if missing(name)), threading.Event()
         begun = Step("fetching", 0, total, "bytes", self.repo_id, total / 5e7)
         bar = _bar(stop, begun, progress if total else None)
-        if progress and total:
+        if progress is not None and total:
             progress(begun)
 
         def get() -> Path:
@@ -279,7 +279,7 @@ def _bar(stop: threading.Event, begun: Step, progress: Progress | None) -> type:
             if stop.is_set():
                 raise InterruptedError("stopped")
             self.n += n or 0
-            if self.bytes and progress:
+            if self.bytes and progress is not None:
                 counts[id(self)] = self.n
                 done = int(min(max(counts.values()), begun.total))
                 progress(replace(begun, done=done))

@@ -155,6 +155,8 @@ class _Job:
             )
             self.save()
         extend(losses, candidates, found, screen, step)
+        self.total = self.evaluator.layer_samples - self.before  # no longer an estimate
+        self.advance(0)
         return found
 
     # -- the plan --------------------------------------------------------------------------------------------------
@@ -209,11 +211,11 @@ class _Job:
     # -- progress, and what is kept for --resume ---------------------------------------------------------------------
 
     def say(self, line: str) -> None:
-        if self.progress:
+        if self.progress is not None:
             self.progress(Step(line))
 
     def advance(self, _: int) -> None:
-        if self.progress:
+        if self.progress is not None:
             done, of = self.evaluator.layer_samples - self.before, self.samples
             total = max(self.total, done)  # an estimate
             self.progress(Step(self.what, done / of, total / of, "layer evaluations", self.status, self.seconds))

@@ -12,7 +12,7 @@ from export.cli.show import say
 from pruner.errors import LONGEST_LINE, printable
 from pruner.progress import Progress, Step, format_seconds
 
-SOON, EVERY = 10, 30  # seconds: bytes that are there in less than SOON are worth no line; then one each EVERY
+SOON, EVERY = 10, 30  # seconds: bytes expected in less than SOON get no line at the start; all get one each EVERY
 _APART = 2  # seconds between lines about steps
 
 
@@ -72,7 +72,7 @@ class Lines:
     def _tick(self, now: float) -> None:
         if self._step is None or self._step.done >= self._step.total:
             return
-        if self._silent and now - self._began >= SOON:
+        if self._silent and now - self._began >= EVERY:
             self._begin(now)
         elif not self._silent and now - self._told >= EVERY:
             self._tell(now)

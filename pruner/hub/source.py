@@ -27,7 +27,7 @@ from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.client import _range, _status, _unreachable, _why_not, ask, beside, quiet
 from pruner.names import CARD, CONFIG, GENAI_CONFIG, GRAPH, INDEX, PLAN_FILE, PYTORCH, PYTORCH_INDEX, WEIGHTS
-from pruner.progress import Progress, Step, keeping
+from pruner.progress import Progress, Step
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 _BESIDES = (PLAN_FILE, CARD)  # what was pruned before; licence and language
@@ -256,7 +256,7 @@ class HubModel:
                     raise ConnectionError(f"{name} did not come")
             return directory
 
-        with quiet(), keeping(lambda: "files that were fetched whole stay in the Hub's cache"):
+        with quiet():
             return beside(lambda: ask(get, self.repo_id), stop)
 
 

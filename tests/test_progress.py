@@ -20,7 +20,7 @@ from pruner.progress import Stages, Step, keeping
 
 SMALL = {"text": TEXT, "samples": 8, "length": 16}
 SHORT = {"batch": "1", "prompt": "16", "new_tokens": 2, "repeats": 3, "seconds": 0, "compiled": False}
-QUICK = {"only": "same-function,latency", "dtype": "float32"} | SHORT
+QUICK = {"only": "same-function,latency", "backend": "torch", "dtype": "float32"} | SHORT
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_validate_has_one_progress(pruned, wide, tmp_path):
     assert seen.whats() == ["validating"]
     assert [step.done for step in seen] == sorted(step.done for step in seen)
     assert seen[-1].done == pytest.approx(seen[-1].total)
-    assert {"comparing the tensors", "timing, onnx, 1 x 16"} <= {step.status for step in seen}
+    assert {"comparing the tensors", "timing, torch, 1 x 16"} <= {step.status for step in seen}
 
 
 def notes(work):
@@ -153,7 +153,7 @@ def test_what_a_stopped_convert_kept(tmp_path):
 
 def test_what_a_stopped_validate_kept(pruned, wide, tmp_path):
     report = tmp_path / "report"
-    timing = Seen(lambda step: step.status == "timing, onnx, 1 x 16")
+    timing = Seen(lambda step: step.status == "timing, torch, 1 x 16")
     told = notes(lambda: validate(wide, pruned, report, progress=timing, **QUICK))
     files = list((report / "unfinished").glob("*.json"))
     assert (

@@ -303,6 +303,22 @@ def _model_index(name: str, rows: list[dict[str, Any]]) -> str:
     return ModelCardData(model_name=name, eval_results=measured).to_yaml() if measured else ""
 
 
+def retrained_card(pruned: Path) -> str:
+    """The card of a directory that was trained from ``pruned``: its card, saying so, without what was measured."""
+    text = _text(pruned / record.CARD)
+    block = _FRONT.match(text)
+    if block:
+        front = _MODEL_INDEX.sub("", f"{block[2]}\n").rstrip()
+        text = block[1] + front + block[3] + text[block.end() :]
+    text = _RESULTS.sub(lambda _: f"{_BEGIN}\n{_NOT_VALIDATED}\n{_END}", text, count=1)
+    text = re.sub(r"^The tensors that are left are the source's.*$", _RETRAINED, text, count=1, flags=re.MULTILINE)
+    text = text.replace("and has not been trained since anything was removed", "and what its further training adds")
+    return text if _RETRAINED in text else f"{text.rstrip()}\n\n{_RETRAINED}\n"
+
+
+_RETRAINED = "It was trained further afterwards: the weights are not the source's."
+
+
 def name_repository(directory: Path, repo_id: str) -> None:
     """Write the repository's id into the card's snippets, so that they can be pasted from the Hub.
 

@@ -26,7 +26,7 @@ REWRITABLE = (CARD, GRAPH, GENAI_CONFIG)
 _KNOWN = {PLAN_FILE, *REWRITABLE, "report", "__pycache__", ".gitattributes", ".cache/huggingface", ".git"}
 
 # What a killed ``deliver.replace_files`` leaves beside these; the next one removes it.
-LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, REWRITABLE))})\.prune-attn-new-[0-9a-f]{{12}}")
+LEFTOVER = re.compile(r"\.[^/]+\.prune-attn-new-[0-9a-f]{12}")
 
 
 def make_record(plan: PruningPlan, checkpoint: Checkpoint, result: Decoder, dtype: str | None) -> dict[str, Any]:

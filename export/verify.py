@@ -38,6 +38,8 @@ class Verification:
     converted_to: str | None = None
     problems: list[str] = field(default_factory=list)
     compared: int = 0
+    changed: bool = False  # trained after it was pruned, says its plan: its tensors need not be the source's
+    differ: list[str] = field(default_factory=list)  # names of the tensors that are not, where it was changed
 
     @property
     def ok(self) -> bool:
@@ -56,6 +58,8 @@ class Verification:
             "problems": self.problems,
             "tensors_compared": self.compared,
             "converted_to": self.converted_to,
+            "changed": self.changed,
+            "differ": self.differ,
         }
 
 
@@ -135,6 +139,7 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
         return
     if facts is not None:
         result.converted_to = facts.get("converted_to")
+        result.changed = any(step.get("changed") for step in record.steps(facts))
         result.problems += _structure(output, facts, checkpoint)
         result.problems += islice(_files(output, facts, checkpoint), _MOST_FILES_NAMED)
     if (output / GRAPH).exists():
@@ -149,9 +154,11 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
                 f"{output / PLAN_FILE}: says that this was made from another model than {source.path}"
             )
             return
+        result.changed = any(step.get("changed") for step in steps)
         try:
             made = _again(output, steps, source, result.problems)
-            result.problems += _source(output, checkpoint, made)
+            if not result.changed:
+                result.problems += _source(output, checkpoint, made)
         except PruneAttnError as error:
             result.problems.append(str(error))
         if not result.problems:
@@ -253,10 +260,16 @@ def compare_tensors(
     total, done = checkpoint.nbytes, 0
     with OpenFiles() as files:
         for tensor in tensors:
-            original = source.tensors[names[tensor.name]]
+            original = source.tensors.get(names.get(tensor.name, ""))
             position = tensor.start
+            if result.changed and (original is None or original.shape != tensor.shape):
+                result.differ.append(tensor.name)
+                continue
             for chunk in read_as(original, files, *through, tensor.dtype):
                 if os.pread(files.fd(tensor.path), len(chunk), position) != chunk:
+                    if result.changed:
+                        result.differ.append(tensor.name)
+                        break
                     result.problems.append(
                         f"{tensor.path}: {tensor.name!r} is not the source's (first difference after byte "
                         f"{position - tensor.start} of {tensor.nbytes}); convert again"

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 
+from export.cli.adopt import adopt
 from export.cli.convert import convert
 from export.cli.export import export
 from export.cli.generate import generate
@@ -37,7 +38,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (inspect, convert, select, verify, export, generate, sweep, push, validate, report):
+for command in (inspect, convert, select, verify, export, generate, sweep, adopt, push, validate, report):
     cli.add_command(command)
 
 

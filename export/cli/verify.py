@@ -34,6 +34,12 @@ def verify(output: str, against: str | None, as_json: bool, quiet: bool, **optio
     elif result.ok:
         after = f" converted to {result.converted_to}" if result.converted_to else ""
         compared = f"; {result.compared} tensors equal {against}'s{after}, byte for byte" if against else ""
+        if result.changed:
+            compared = "; its structure was checked, and its weights were changed after it was pruned"
+            if against:
+                compared += (
+                    f"; {len(result.differ)} tensors differ from {against}'s: {', '.join(result.differ) or 'none'}"
+                )
         say(f"{output}: ok{compared}")
     else:
         for problem in result.problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export import record
 from export.engines import engine_notes_for, runs_on
@@ -27,8 +27,11 @@ from pruner.plan_files import read_plan
 from pruner.progress import Progress, keeping
 from pruner.select.calibrated import told_of
 from pruner.select.choose import select
-from pruner.select.request import POSITIONAL, check_useful
+from pruner.select.request import DEPTH_NOTE, POSITIONAL, check_useful
 from pruner.summary import totals
+
+if TYPE_CHECKING:
+    from pruner.text import Texts
 
 
 def choose(
@@ -48,7 +51,10 @@ def choose(
     ``calibration`` is what ``pruner.select.select`` takes besides.
     """
     if calibration.get("text") is not None and (plan is not None or layers is not None):
-        raise PruneAttnError("--text is for choosing by it; leave it out, or leave out --plan and --layers")
+        raise PruneAttnError(
+            "--text is for choosing by it; leave it out, or leave out --plan and --layers (--validation-text is for "
+            "measuring)"
+        )
     if plan is not None:
         for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
             if value is not None:
@@ -91,7 +97,8 @@ def convert(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     push: str | None = None,
-    text: str | os.PathLike[str] | None = None,
+    text: Texts | None = None,
+    text_field: str | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -127,7 +134,8 @@ def convert(
     target_dtype = None if dtype is None else safetensors_dtype(dtype)
     check_useful(
         {
-            "strategy": strategy, "text": text, "samples": samples, "length": length, "seed": seed, "device": device,
+            "strategy": strategy, "text": text, "text_field": text_field, "samples": samples, "length": length,
+            "seed": seed, "device": device,
             "objective": objective, "resume": resume, "threads": threads,
         }
     )  # fmt: skip
@@ -158,6 +166,7 @@ def convert(
             allow_first_layer=allow_first_layer,
             allow_all=allow_all,
             text=text,
+            text_field=text_field,
             samples=samples,
             length=length,
             seed=seed,
@@ -181,7 +190,9 @@ def convert(
         shards={shard.file: shard.size for shard in shards},
         dtype=dtype,
         dry_run=dry_run,
-        notes=engine_notes_for(result, config) + (runs_on(checkpoint, dtype) if onnx else []),
+        notes=engine_notes_for(result, config)
+        + (runs_on(checkpoint, dtype) if onnx else [])
+        + ([DEPTH_NOTE] if plan is None and chosen.strategy in POSITIONAL else []),
     )
     total = sum(conversion.shards.values())
     check_space(output, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pruner.progress import keeping
 from pruner.record import FORMAT
 from pruner.select.calibrated import told_of
 from pruner.select.choose import selection
-from pruner.select.request import check_useful
+from pruner.select.request import DEPTH_NOTE, POSITIONAL, check_useful
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Selected:
     plan: PruningPlan
     path: Path
     cost: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"output": str(self.path), "plan": self.plan.to_json(), "cost": self.cost}
+        return {"output": str(self.path), "plan": self.plan.to_json(), "cost": self.cost, "notes": self.notes}
 
 
 def partial_path(output: Path) -> Path:
@@ -66,7 +67,7 @@ def select(
     finally:
         staging.unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
-    return Selected(made.plan, output, made.cost)
+    return Selected(made.plan, output, made.cost, [DEPTH_NOTE] if made.plan.strategy in POSITIONAL else [])
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

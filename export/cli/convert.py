@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, given
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, TEXTS, given
 from export.cli.show import echo, make_table, print_json, show_push
 from export.cli.validate import run_validation
 from pruner.errors import PruneAttnError
 from pruner.progress import format_bytes, keeping
-from pruner.select.request import POSITIONAL, check_useful
+from pruner.select.request import check_useful
 
 
 @click.command()
@@ -39,7 +39,7 @@ from pruner.select.request import POSITIONAL, check_useful
 @click.option(
     "--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards (briefly on a CPU)."
 )
-@click.option("--validation-text", type=PATH, help="What to measure on, where --text is what to choose by.")
+@click.option("--validation-text", **TEXTS, help="Text for --validate to measure on. Without it: no accuracy.")
 @click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
 @REVISION
 @CACHE
@@ -52,30 +52,27 @@ def convert(
     as_json: bool,
     quiet: bool,
     then_validate: bool,
-    validation_text: str | None,
+    validation_text: list[str] | None,
     **options: Any,
 ) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
 
+    field = options["text_field"]
     if then_validate:
         if as_json or options["dry_run"]:
             raise PruneAttnError(
                 "--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards"
             )
-        chosen_by_text = options["strategy"] not in (None, *POSITIONAL)
-        if not chosen_by_text and validation_text is None:  # what is measured on must not be what was chosen by
-            validation_text, options["text"] = options["text"], None
-        if validation_text is not None:
-            from pruner.text import read_utf8
-
-            read_utf8(validation_text)  # known before hours of work
+        if validation_text is not None:  # known before hours of work
+            check_validation_text(validation_text, options["text"], field)
     elif validation_text is not None:
         raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
     threads = options["threads"]
-    if then_validate and options["text"] is None:
-        options["threads"] = None  # it is for the measuring alone
-    check_useful(options, lambda name: given(name) and not (then_validate and name == "threads"))
+    if then_validate and options["text"] is None:  # these are for the measuring alone
+        options["threads"] = None
+        options["text_field"] = None if validation_text else field
+    check_useful(options, lambda name: given(name) and options[name] is not None)
     with show_progress(quiet) as progress:
         result = convert(source, output, progress=progress, **options)
     if as_json:
@@ -113,6 +110,14 @@ def convert(
         from export.validate.run import brief
 
         with keeping(lambda: f"{output} is whole"):
-            run_validation(
-                str(result.source), output, False, quiet, {"text": validation_text, "threads": threads, **brief()}
-            )
+            measuring = {"text": validation_text, "text_field": field, "threads": threads, **brief()}
+            run_validation(str(result.source), output, False, quiet, measuring)
+
+
+def check_validation_text(measured: list[str], chosen: list[str] | None, field: str | None) -> None:
+    """``PruneAttnError`` where it cannot be read, or is what the sublayers are chosen by."""
+    from pruner.text import check_apart, read_contents
+
+    read_contents(measured, field)
+    if chosen is not None:
+        check_apart(measured, chosen, field)

@@ -22,6 +22,16 @@ _THREADS = {
 THREADS = click.option("--threads", **_THREADS)
 
 
+def _several(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
+    return list(value) or None
+
+
+# an option that may be given several times: a list, or None
+TEXTS: dict[str, Any] = {"type": PATH, "multiple": True, "callback": _several}
+_TEXT_FIELD = {"metavar": "NAME", "help": "The field of JSON lines that holds the text.  [default: text]"}
+TEXT_FIELD = click.option("--text-field", **_TEXT_FIELD)
+
+
 REVISION = click.option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
 
 
@@ -39,7 +49,8 @@ def CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, 
         ("--threads", _THREADS),
         ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
         ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
-        ("--text", {"type": PATH, "help": "Calibration text (UTF-8) for similarity, search, exhaustive."}),
+        ("--text-field", _TEXT_FIELD),
+        ("--text", {**TEXTS, "help": "Choose by this: UTF-8 or JSON lines (once for each file), or general."}),
         ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
     ):  # fmt: skip
         command = click.option(name, **settings)(command)

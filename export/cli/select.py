@@ -44,8 +44,8 @@ def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any)
     columns = [name for name in (measure, "perplexity") if facts and (name == measure or "perplexity" in facts)]
     table = make_table("", "layer", *columns)
     for i, layer in enumerate(plan.order):
-        shown = [f"{facts['scores'][i]:.4f}"] if columns else []
-        shown += [f"{facts['perplexity'][i]:.2f}"] if "perplexity" in facts else []
+        shown = [_shown(facts["scores"][i], 4)] if columns else []
+        shown += [_shown(facts["perplexity"][i], 2)] if "perplexity" in facts else []
         table.add_row(f"{i + 1}{' <' if i + 1 == count else ''}", str(layer), *shown)
     lines = [f"{plan.sublayer} by {plan.strategy}, in the order in which they go; the first {count} (<) are asked for"]
     if "perplexity" in facts:
@@ -62,5 +62,10 @@ def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any)
             )
         )
     where = shlex.quote(str(result.path))
+    after += [f"note: {note}" for note in result.notes]
     after.append(f"next: prune-attn convert {shlex.quote(source)} OUTPUT --plan {where}")
     echo(*lines, table, *after)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"  # none: no number came out

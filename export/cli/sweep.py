@@ -7,15 +7,16 @@ from typing import Any
 import click
 
 from export.cli.bars import show_progress
-from export.cli.options import JSON, PATH, QUIET, THREADS
+from export.cli.options import JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS
 from export.cli.show import echo, make_table, print_json
 
 
 @click.command()
 @click.argument("source", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder for the table, the plots and the plans.")
-@click.option("--text", type=PATH, required=True, help="Test text, UTF-8: what perplexity is measured on.")
-@click.option("--calibration", type=PATH, help="Another text, by which similarity, search and exhaustive choose.")
+@click.option("--text", required=True, **TEXTS, help="Test text, UTF-8 or JSON lines: perplexity is measured on it.")
+@click.option("--calibration", **TEXTS, help="Another, by which similarity, search and exhaustive choose; or general.")
+@TEXT_FIELD
 @click.option("--sublayer", default="attention", show_default=True, metavar="A,B", help="Of attention, mlp, block.")
 @click.option("--fractions", default="10%,25%,33%,50%", show_default=True, metavar="P%,N", help="How many go.")
 @click.option(

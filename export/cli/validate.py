@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from export.cli.bars import show_progress
-from export.cli.options import JSON, PATH, QUIET, THREADS, given
+from export.cli.options import JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS, given
 from export.cli.show import echo, make_table, print_json, say
 from pruner.errors import PruneAttnError
 
 _OF_PART = {
-    "accuracy": ("text", "window", "stride", "bos", "max_tokens"),
+    "accuracy": ("text", "text_field", "window", "stride", "bos", "max_tokens"),
     "tasks": ("tasks", "limit"),
     "latency": ("batch", "prompt", "new_tokens", "repeats", "seconds", "compiled"),
 }
@@ -22,7 +22,8 @@ _OF_PART = {
 @click.command()
 @click.argument("original", type=PATH)
 @click.argument("pruned", type=PATH)
-@click.option("--text", type=PATH, help="UTF-8 text that neither model has seen. Without it no accuracy is measured.")
+@click.option("--text", **TEXTS, help="Text that neither model has seen, UTF-8 or JSON lines. Without it: no accuracy.")
+@TEXT_FIELD
 @click.option("-o", "--output", type=PATH, help="Where the report goes.  [default: PRUNED/report]")
 @click.option("--backend", metavar="B,B", help="torch, onnx.  [default: both, where PRUNED has a model.onnx]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.staging import check_target, staged
 from export.sweep.measure import expected_seconds, key, measure_perplexity, measure_speed, speed_columns
@@ -31,6 +31,9 @@ from pruner.progress import Progress, Stages, Step, keeping
 from pruner.select.choose import select
 from pruner.select.request import POSITIONAL, STRATEGIES
 from pruner.summary import identity, totals
+
+if TYPE_CHECKING:
+    from pruner.text import Texts
 
 FORMAT = "prune-attn sweep"
 RESULTS, PLANS = "sweep.json", "plans"
@@ -60,8 +63,9 @@ def sweep(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    text: str | os.PathLike[str],
-    calibration: str | os.PathLike[str] | None = None,
+    text: Texts,
+    calibration: Texts | None = None,
+    text_field: str | None = None,
     sublayer: str = "attention",
     fractions: str = "10%,25%,33%,50%",
     strategy: str | None = None,
@@ -93,7 +97,7 @@ def sweep(
     """
     from pruner.evaluate.perplexity import sliding_windows
     from pruner.model import TorchLanguageModel
-    from pruner.text import load_tokenizer, read_text
+    from pruner.text import check_apart, load_tokenizer, read_text
 
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
@@ -112,9 +116,10 @@ def sweep(
     check_target(output, source, [shard.path for shard in checkpoint.shards], _not_ours, overwrite)
 
     tokenizer = load_tokenizer(source)
-    test, given = read_text(text, tokenizer), read_text(calibration, tokenizer) if guided else None
-    if given and given.sha256 == test.sha256:
-        raise PruneAttnError(f"{text}: is the calibration text too; test the choice on text that it was not made on")
+    test, given = read_text(text, tokenizer, text_field), None
+    if guided:
+        check_apart(text, calibration, text_field)
+        given = read_text(calibration, tokenizer, text_field)
     context = int(checkpoint.config.get("max_position_embeddings", 2048))
     window = min(context, 2048) if window is None else window
     if window > context:
@@ -129,9 +134,9 @@ def sweep(
             "sublayers": sublayers,
             "strategies": strategies,
             "fractions": parts,
-            "text": {"name": test.path.name, "sha256": test.sha256, "bytes": test.bytes, "window": window,
+            "text": {"name": test.name, "sha256": test.sha256, "bytes": test.bytes, "window": window,
                      "windows": len(windows), "tokens": sum(w.scored for w in windows)},
-            "calibration": given and {"name": given.path.name, "sha256": given.sha256, "bytes": given.bytes,
+            "calibration": given and {"name": given.name, "sha256": given.sha256, "bytes": given.bytes,
                                       "samples": samples, "length": length, "seed": seed},
             "speed": {"batch": 1, "prompt": prompts.size, "new_tokens": new_tokens, "rounds": rounds}
                      if rounds else None,
@@ -144,7 +149,14 @@ def sweep(
         if progress is not None and (busy := machine.busy()):
             progress(Step(busy))
         with kept(output, setting, also_equal) as work, keeping(work.told):
-            calibrated = {"text": calibration, "samples": samples, "length": length, "seed": seed, "device": device}
+            calibrated = {
+                "text": calibration,
+                "text_field": text_field,
+                "samples": samples,
+                "length": length,
+                "seed": seed,
+                "device": device,
+            }
             plans: dict[tuple[str, str], PruningPlan] = {}
             for kind in sublayers:
                 for name in strategies:
@@ -154,7 +166,7 @@ def sweep(
             chosen = [plan for *_, plan in rows]
             seconds = expected_seconds(checkpoint, chosen, windows, prompts.size, new_tokens, rounds, device)
             stages = Stages("measuring", seconds, progress)
-            measure_perplexity(work, model, chosen, windows, stages)
+            measure_perplexity(work, checkpoint, model, chosen, windows, stages)
             if rounds:
                 measure_speed(work, model, chosen, prompts, new_tokens, rounds, stages)
             setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

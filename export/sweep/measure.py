@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export.sweep.progress import Kept
+from pruner.checkpoint.load import check_finite
+from pruner.errors import PruneAttnError
 from pruner.machine import decoding_seconds, reading_seconds
 from pruner.plan import PruningPlan
 from pruner.progress import Stages
@@ -29,12 +31,16 @@ def key(plan: PruningPlan | None) -> str:
 
 def measure_perplexity(
     work: Kept,
+    checkpoint: Checkpoint,
     model: Callable[[], TorchLanguageModel],
     plans: Sequence[PruningPlan],
     windows: Sequence[Window],
     stages: Stages,
 ) -> None:
-    """Perplexity of the original and of every set of sublayers that some plan drops, kept as each is done."""
+    """Perplexity of the original and of every set of sublayers that some plan drops, kept as each is done.
+
+    Raises ``PruneAttnError`` where the original's is no number.
+    """
     from pruner.evaluate.perplexity import score
 
     wanted = {key(plan): plan for plan in (None, *plans)}
@@ -46,6 +52,11 @@ def measure_perplexity(
             pruned = model().without(plan.attention, plan.mlp) if plan else model()
             scores = score(pruned, windows, progress=progress)
         mean = scores.total / scores.tokens
+        if plan is None and not mean < 700:
+            check_finite(checkpoint)
+            raise PruneAttnError(
+                f"{checkpoint.path}: its loss is not a number in {model().model.dtype}; give another --dtype"
+            )
         work.perplexity[name] = math.exp(mean) if mean < 700 else None  # not so where half precision gave no number
         work.save()
 

@@ -19,6 +19,10 @@ ROUNDING = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _STEPS = 8
 
 
+class NotFiniteError(PruneAttnError):
+    """The original's own logits hold what is no number."""
+
+
 def dropped_layers(original: Checkpoint, pruned: Checkpoint) -> tuple[list[int], list[int]]:
     """Attention and MLP layers, in the original's numbers, that the pruned directory lacks.
 
@@ -75,7 +79,7 @@ def compare_torch(
     try:
         want = _outputs(original, ids)
         if not all(np.isfinite(part).all() for part in want):
-            raise PruneAttnError(
+            raise NotFiniteError(
                 f"the original's logits, with those sublayers switched off, are not finite in {dtype}; "
                 "give another --dtype"
             )

@@ -27,6 +27,7 @@ from export.validate.limits import Limits, check
 from export.validate.parts import FOLDER, Parts
 from pruner import __version__, machine
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.load import check_finite
 from pruner.device import pick_device
 from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import MachineError, PruneAttnError, one_line
@@ -38,7 +39,7 @@ from pruner.machine import computing, decoding_seconds, reading_seconds, setting
 from pruner.names import GRAPH
 from pruner.progress import Progress, Stages, Step, keeping
 from pruner.summary import identity
-from pruner.text import Text, load_tokenizer, read_text
+from pruner.text import Text, Texts, load_tokenizer, read_text
 
 PARTS = ("same-function", "accuracy", "tasks", "latency")
 BACKENDS = ("torch", "onnx")
@@ -67,7 +68,8 @@ def validate(
     pruned: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    text: str | os.PathLike[str] | None = None,
+    text: Texts | None = None,
+    text_field: str | None = None,
     backend: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -112,6 +114,7 @@ def validate(
                 "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens, "batch": batch,
                 "prompt": prompt, "new_tokens": new_tokens, "repeats": repeats, "seconds": seconds,
                 "compiled": compiled, "seed": seed,
+            "text_field": text_field,
             },
             text=text,
             limits=Limits.parse(max_perplexity_increase, min_agreement, min_task_average_ratio, min_decode_speedup),
@@ -139,7 +142,7 @@ class _Run:
         pruned: Checkpoint,
         *,
         options: dict[str, Any],
-        text: str | os.PathLike[str] | None,
+        text: Texts | None,
         limits: Limits,
         output: Path | None,
         progress: Progress | None,
@@ -183,7 +186,8 @@ class _Run:
             if {"accuracy", "tasks"} & set(wanted) and "same-function" not in wanted:
                 wanted.insert(0, "same-function")  # without it no loss can be called the method's
         if "accuracy" not in wanted:
-            self.notes.append("accuracy was not measured" + ("" if text is not None else ": no --text was given"))
+            why = ": no text to measure on was given (--text, or --validation-text of convert)" if text is None else ""
+            self.notes.append(f"accuracy was not measured{why}")
         if "same-function" not in wanted:
             self.notes.append("whether the pruned model is the original without those sublayers was not checked here")
         return wanted
@@ -225,7 +229,7 @@ class _Run:
             self.notes.append(f"PyTorch computes in {self.dtypes['torch']} here, ONNX Runtime in {self.stored}")
         return backends
 
-    def _read(self, text: str | os.PathLike[str] | None) -> None:
+    def _read(self, text: Texts | None) -> None:
         """The text as windows, where there is one; the ids that are run otherwise."""
         rng = np.random.default_rng(self.seed)
         vocabulary = self.checkpoints["original"].decoder.vocab_size
@@ -236,8 +240,8 @@ class _Run:
         if text is None or "accuracy" not in self.parts_wanted:
             return
         tokenizers = [load_tokenizer(c.path) for c in self.checkpoints.values()]
-        self.text = read_text(text, tokenizers[0])
-        sample = self.text.path.read_text("utf-8")[:20_000]
+        self.text = read_text(text, tokenizers[0], self.options["text_field"])
+        sample = self.text.content[:20_000]
         encoded = [tokenizer(sample, verbose=False)["input_ids"] for tokenizer in tokenizers]
         if tokenizers[0].get_vocab() != tokenizers[1].get_vocab() or encoded[0] != encoded[1]:
             raise PruneAttnError(
@@ -485,7 +489,11 @@ class _Run:
 
         def compare_torch() -> dict[str, Any]:
             models = self._models("torch")
-            return same.compare_torch(*models.values(), ids, self.attention, self.mlp, self.dtypes["torch"])
+            try:
+                return same.compare_torch(*models.values(), ids, self.attention, self.mlp, self.dtypes["torch"])
+            except same.NotFiniteError:
+                check_finite(original)  # another dtype is no cure for a weight that is NaN
+                raise
 
         def compare_onnx() -> dict[str, Any]:
             torch_model = self._models("torch")["pruned"]
@@ -507,7 +515,7 @@ class _Run:
     def _accuracy(self, backend: str) -> dict[str, Any]:
         assert self.text is not None
         what = {
-            "text": {"name": self.text.path.name, "sha256": self.text.sha256, "tokens": len(self.scored_ids)},
+            "text": {"name": self.text.name, "sha256": self.text.sha256, "tokens": len(self.scored_ids)},
             "window": self.window,
             "stride": self.stride,
             "bos": self.options["bos"] if self.bos_id is not None else "none",
@@ -531,6 +539,12 @@ class _Run:
                             f"{self.device} has no memory for a window of {self.window} tokens; give a smaller --window"
                         ) from None
                     batch //= 2
+            for name, scores in (("original", result.original), ("pruned", result.pruned)):
+                if not scores.nll.mean() < 700:  # NaN too
+                    raise PruneAttnError(
+                        f"{self.checkpoints[name].path}: its perplexity is not a number in {self.dtypes[backend]}; "
+                        f"give another --dtype, or another --backend than {backend}"
+                    )
             share = result.original.tokens / len(self.scored_ids)  # under 1 where windows do not overlap
             return agreement.summary(result, round(self.scored_bytes * share), self.seed)
 

@@ -8,9 +8,12 @@ import numpy as np
 
 from pruner.checkpoint.tensor import OpenFiles, Tensor, read_blocks
 from pruner.dtypes import WEIGHT_DTYPES
+from pruner.errors import PruneAttnError
 
 if TYPE_CHECKING:
     import torch
+
+    from pruner.checkpoint.directory import Checkpoint
 
 
 def load_tensor(tensor: Tensor) -> torch.Tensor:
@@ -30,3 +33,15 @@ def load_tensor(tensor: Tensor) -> torch.Tensor:
     else:
         data = np.memmap(tensor.path, np.uint8, "c", offset=tensor.start, shape=(tensor.nbytes,))
     return torch.from_numpy(data).view(dtype).reshape(tensor.shape)
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """``PruneAttnError`` that names the first tensor with a value that is no finite number. Reads all weights.
+
+    For when a loss came out as NaN: whether the weights are at fault, or the dtype they were computed in.
+    """
+    for tensor in checkpoint.tensors.values():
+        values = load_tensor(tensor)
+        if not bool(values.isfinite().all()):
+            what = "NaN" if bool(values.isnan().any()) else "infinity"
+            raise PruneAttnError(f"{tensor.path}: {tensor.name} holds {what}; get the checkpoint again, or mend it")

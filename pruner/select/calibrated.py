@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruner import machine
 from pruner._version import __version__
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from pruner.checkpoint import Checkpoint
     from pruner.plan import PruningPlan
+    from pruner.text import Texts
 
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
@@ -73,7 +75,7 @@ class _Job:
                 f"{self.partial}: a run that was stopped left this; go on from it with --resume, or remove it"
             )
 
-    def prepare(self, path: str | os.PathLike[str], samples: int | None, length: int | None) -> None:
+    def prepare(self, text: Texts, field: str | None, samples: int | None, length: int | None) -> None:
         """Read the text and the partial plan, open the model, say what will be done, run the original."""
         from pruner.device import check_cuda
         from pruner.select.evaluator import Evaluator
@@ -84,7 +86,7 @@ class _Job:
 
             check_cuda()
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.text = read_text(path, load_tokenizer(self.checkpoint.path))
+        self.text = read_text(text, load_tokenizer(self.checkpoint.path), field)
         context = int(self.checkpoint.config.get("max_position_embeddings") or 2048)
         self.samples, self.length = how_many(self.text, context, samples, length, self.say)
         self.screen = min(self.samples, max(8, self.samples // SCREEN))
@@ -116,6 +118,19 @@ class _Job:
         self.began = time.monotonic()
         self.advance(0)
         evaluator.losses([frozenset()])
+        if not all(map(math.isfinite, (evaluator.perplexity(frozenset()), *evaluator.similarity.values()))):
+            self.not_finite("the whole model's loss")
+
+    def not_finite(self, what: str) -> NoReturn:
+        """Say why: a weight that is no number, or a dtype in which values overflow."""
+        from pruner.checkpoint.load import check_finite
+
+        check_finite(self.checkpoint)
+        cpu = self.device == "cpu"
+        cure = "it is of no use as it is" if cpu else "choose with --device cpu, which computes in float32"
+        raise PruneAttnError(
+            f"{self.checkpoint.path}: {what} is not a number in {self.evaluator.dtype}: values overflow; {cure}"
+        )
 
     def by_similarity(self, candidates: tuple[int, ...]) -> tuple[int, ...]:
         """Least change first; of equal ones the deeper first."""
@@ -154,6 +169,9 @@ class _Job:
                 losses, candidates, count, samples=samples, screen=screen, confirm=CONFIRM, others=others, step=step
             )
             self.save()
+        for size in range(1, count + 1):
+            if not math.isfinite(found.sets[size][0]):
+                self.not_finite(f"the loss with any {size} dropped")
         extend(losses, candidates, found, screen, step)
         self.total = self.evaluator.layer_samples - self.before  # no longer an estimate
         self.advance(0)
@@ -171,12 +189,12 @@ class _Job:
             facts["scores"] = [evaluator.similarity[i] / self.samples for i in order]
         else:
             steps = [found.sets[size] for size in range(1, len(order) + 1)]
-            facts["scores"] = [loss for loss, _ in steps]
-            facts["perplexity"] = [evaluator.perplexity(dropped) for _, dropped in steps]
+            facts["scores"] = [_number(loss) for loss, _ in steps]
+            facts["perplexity"] = [_number(evaluator.perplexity(dropped)) for _, dropped in steps]
             facts["confirmed"] = found.confirmed
         facts["original_perplexity"] = evaluator.perplexity(frozenset())
         facts["calibration"] = {
-            "text": self.text.path.name,
+            "text": self.text.name,
             "sha256": self.text.sha256,
             "bytes": self.text.bytes,
             "tokens": len(self.text.ids),
@@ -281,6 +299,11 @@ class _Job:
                 f"{self.partial}: was made with another {differs[0]}; give the same options, or remove it"
             )
         return state
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _listed(layers: Any) -> str:

@@ -18,6 +18,7 @@ from pruner.select.search import order_of
 if TYPE_CHECKING:
     from pruner.checkpoint import Checkpoint
     from pruner.plan import PruningPlan
+    from pruner.text import Texts
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def selection(
     drop: str | int,
     sublayer: str = "attention",
     strategy: str | None = None,
-    text: str | os.PathLike[str] | None = None,
+    text: Texts | None = None,
+    text_field: str | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -57,7 +59,8 @@ def selection(
     ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
     The last two minimise ``objective``: kl (default: on unseen text it chose better than ce with up to 2,048
     calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/selection.md), or ce.
-    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text`` (UTF-8); ``seed`` says
+    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text``: a file or several,
+    or ``general``, which comes along; ``text_field`` is JSON lines' (see ``pruner.text.read_contents``). ``seed`` says
     where in its part of the text each window lies; ``threads`` as in ``pruner.machine.computing``. ``partial`` is a
     file that keeps what has been computed; with ``resume`` an interrupted run goes on from it to the same plan (remove
     it when the plan is safe). Raises
@@ -89,7 +92,7 @@ def selection(
             resume,
             progress,
         )
-        job.prepare(text, samples, length)
+        job.prepare(text, text_field, samples, length)
         if strategy == "similarity":
             order, found = job.by_similarity(candidates), None
         else:

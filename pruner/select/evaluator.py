@@ -79,8 +79,8 @@ class Evaluator:
     ) -> np.ndarray:
         """Loss of each set on each of the first ``samples`` windows (default: all), float64 (len(sets), samples).
 
-        What is known already is not run again. Cost: one layer for each distinct beginning of the sets, and the head
-        for each set. ``done`` is called whenever something more is known.
+        What is no number is inf. What is known already is not run again. Cost: one layer for each distinct beginning
+        of the sets, and the head for each set. ``done`` is called whenever something more is known.
         """
         wanted = [b for b, (_, stop) in enumerate(self.batches) if stop <= (samples or self.samples)]
         self._prepare(wanted, done)
@@ -96,12 +96,14 @@ class Evaluator:
                 if done:
                     done()
         column = 0 if self.objective == "ce" else 1
-        return np.array([[x for b in wanted for x in self._row(s)[b][column]] for s in sets])
+        table = np.array([[x for b in wanted for x in self._row(s)[b][column]] for s in sets])
+        return np.where(np.isfinite(table), table, np.inf)  # values overflowed: worse than any number
 
     def perplexity(self, dropped: Dropped) -> float:
-        """exp of the mean cross-entropy over the windows on which this set has been run."""
+        """exp of the mean cross-entropy over the windows on which this set has been run; inf where it is no number."""
         values = [x for row in self._row(dropped) if row is not None for x in row[0]]
-        return math.exp(math.fsum(values) / len(values))
+        mean = sum(values) / len(values)
+        return math.exp(mean) if mean < 700 else math.inf
 
     # -- the walk --------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,8 @@ def search(
         base = found.sets[size][1]
         size += 1
         sets = [base | {i} for i in candidates if i not in base] + [frozenset(order[:size]) for order in others]
-        grown = best((s for s in sets if len(s) == size), confirm)
+        sets = [s for s in sets if len(s) == size]
+        grown = best(sets, confirm) or (float("inf"), sets[0])  # where no loss is a number
         if size not in found.sets or grown[0] < found.sets[size][0]:
             found.sets[size] = grown
         while size > 2:

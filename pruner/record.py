@@ -33,7 +33,8 @@ def is_layers(value: Any) -> bool:
     return fits and len(set(value)) == len(value)
 
 
-def _small(value: Any) -> bool:
+def is_small(value: Any) -> bool:
+    """Whether this is a number of layers."""
     return _count(value) and value <= MOST_LAYERS
 
 
@@ -59,9 +60,9 @@ _PREVIOUS: dict[str, Any] = {
     "mlp": is_layers,
     "source": SOURCE,
     "tool?": {"name": _text, "version": _text},
-    "original?": {"num_hidden_layers": _small},
-    "model?": {"numbered_layers": _small},
-    "result?": {"num_hidden_layers": _small, "attention": is_layers, "mlp": is_layers},
+    "original?": {"num_hidden_layers": is_small},
+    "model?": {"numbered_layers": is_small},
+    "result?": {"num_hidden_layers": is_small, "attention": is_layers, "mlp": is_layers},
     "converted_to?": ("float16", "bfloat16", "float32").__contains__,
 }
 _PREVIOUS["previous?"] = _PREVIOUS

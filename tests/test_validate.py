@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -302,3 +303,32 @@ def test_bad_input(pair, tmp_path, make_llama, cli):
     (tmp_path / "full/thesis.tex").write_text("")
     assert "thesis.tex" in cli("validate", original, pruned, "-o", tmp_path / "full", check=2).stderr
     assert "validate" in cli("report", other / "config.json", "-o", tmp_path / "x", check=2).stderr
+
+
+def test_results_that_were_damaged(pair, tmp_path):
+    text = json.dumps(pair[2].results)
+    again, huge = tmp_path / "again", "1" + "0" * 400
+
+    def damaged(*keys: str, raw: str) -> None:
+        results = json.loads(text)
+        inner = results
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = "@@"
+        (tmp_path / "results.json").write_text(json.dumps(results).replace('"@@"', raw))
+        with pytest.raises(PruneAttnError, match=r"results\.json: ") as error:
+            report([tmp_path / "results.json"], again)
+        assert str(error.value).isprintable()
+        assert not again.exists()
+        with contextlib.suppress(PruneAttnError):  # and no other error; it may not be looked at
+            report([tmp_path / "results.json"] * 2, tmp_path / "side by side")
+
+    backend = next(iter(json.loads(text)["latency"]))
+    damaged("latency", backend, "speedup", "decode", raw=f'{{"value": {huge}, "low": 1, "high": 1}}')
+    damaged("latency", backend, "speedup", "decode", raw='{"value": "\\u001b[2J", "low": 1, "high": 1}')
+    damaged("models", "pruned", "bytes", raw='"x"')
+    damaged("models", "original", "bytes", raw="[]")
+    damaged("models", raw="[]")
+    damaged("pruning", "layers", raw="1000000000")
+    damaged("pruning", "attention", raw="{}")
+    damaged("accuracy", raw='{"torch": 5}')

@@ -11,7 +11,7 @@ from typing import Any
 from export.report import content, plots
 from export.report.render import _html, _markdown
 from export.report.write import _write, is_ours, read_results, write_report
-from pruner.errors import PruneAttnError
+from pruner.errors import PruneAttnError, one_line
 from pruner.files import expand
 
 
@@ -23,11 +23,16 @@ def report(results: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     output, found = expand(output), [read_results(expand(path)) for path in results]
     if output.exists() and (not output.is_dir() or any(not is_ours(p.name) for p in output.iterdir())):
         raise PruneAttnError(f"{output}: holds something else than a report; choose another directory")
-    if len(found) == 1:
-        try:
-            return write_report(found[0], output)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PruneAttnError(f"{results[0]}: is damaged ({type(error).__name__} {error}); measure again") from None
+    try:
+        return write_report(found[0], output) if len(found) == 1 else _write_comparison(found, output)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        which = results[0] if len(found) == 1 else "one of the results"
+        raise PruneAttnError(
+            f"{which}: is damaged ({type(error).__name__} {one_line(error, 80)}); measure again"
+        ) from None
+
+
+def _write_comparison(found: Sequence[dict[str, Any]], output: Path) -> list[Path]:
     rows = compare_rows(found)
     figure = plots.compared(rows)
     captions = {"compare": "Quality against speed"} if figure else {}

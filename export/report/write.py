@@ -10,8 +10,15 @@ from export.report import FORMAT, RESULTS, VERSION, content, plots
 from export.report.render import _html, _markdown
 from pruner.errors import PruneAttnError
 from pruner.files import read_json, replace_file
+from pruner.record import is_layers, is_small, misfit
 
 REPORT_FILES = (RESULTS, "report.md", "report.html", "compare.md", "compare.html")
+
+
+_PRUNING = {  # drawn, a cell a layer
+    "layers": is_small, "attention": is_layers, "mlp": is_layers,
+    "absent_before": {"attention": is_layers, "mlp": is_layers},
+}  # fmt: skip
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -26,6 +33,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise PruneAttnError(
             f"{path}: has version {results.get('version')!r}, this prune-attn reads {VERSION}; measure again"
         )
+    if wrong := misfit(results, {"pruning": _PRUNING}):
+        raise PruneAttnError(f"{path}: is damaged ({wrong!r} is not what it should be); measure again")
     return results
 
 

@@ -112,7 +112,7 @@ def read_blocks(config: dict[str, Any], path: Path) -> tuple[tuple[bool, ...], t
                 fits &= a["n_heads_in_group"] == group
             if mlp[-1]:
                 fits &= abs(2 * f["ffn_mult"] * hidden / 3 - config["intermediate_size"]) < 0.5
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, OverflowError):
             raise PruneAttnError(f"{path}: block_configs[{i}] is malformed; convert again") from None
         if not fits:
             raise PruneAttnError(

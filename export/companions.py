@@ -10,7 +10,10 @@ from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.companions import LICENCE, USE, is_companion
 from pruner.checkpoint.meta_files import TOKENIZER, meta_files, tokenizer_json
 from pruner.errors import PruneAttnError
+from pruner.files import read_bounded
 from pruner.record import is_file_name
+
+_MOST_BYTES = 128 << 20  # the largest tokenizer.json have 35 MB
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -28,7 +31,7 @@ def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
             found = _matching(source.resolve().parent, LICENCE) | found
     elif "tokenizer.json" not in found and (made := tokenizer_json(source)) is not None:
         files["tokenizer.json"] = made
-    files |= {name: path.read_bytes() for name, path in found.items()}
+    files |= {name: read_bounded(path, _MOST_BYTES) for name, path in found.items()}
     return dict(sorted(files.items()))
 
 

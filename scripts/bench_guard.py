@@ -133,7 +133,7 @@ def run_guard(
     cuda_graph: bool,
     first: str,
     prompts: Sequence[int] = (512, 2048),
-    rows: Sequence[int] = (1, 8),
+    rows: Sequence[int] = (1, 4),
     rounds: int = 30,
     device: str = "cuda",
 ) -> dict[str, Any]:

@@ -149,8 +149,9 @@ def offset_of_2_63(path: Path) -> None:
 def test_pickles_and_zips_that_want_everything(source, write: Callable[[Path], None]):
     (source / "model.safetensors").unlink()
     write(source / "pytorch_model.bin")
-    limits = write is not two_million_names  # this one wants all time
-    refused_soon("convert", source, source.parent / "out", "--layers", "3", match="pytorch_model.bin: ", limits=limits)
+    names = write is two_million_names  # which want time, not memory
+    command = ("convert", source, source.parent / "out", "--layers", "3")
+    refused_soon(*command, match="pytorch_model.bin: ", limits=not names, seconds=6 if names else 20)
 
 
 def test_a_header_of_95_megabytes(source):
@@ -161,7 +162,7 @@ def test_a_header_of_95_megabytes(source):
     refused_soon("inspect", source, match="model.safetensors: ")
 
 
-@pytest.mark.parametrize("layers", ["0-99999,99999", ",".join(["0-9999"] * 500)])
+@pytest.mark.parametrize("layers", ["0-99999,99999", ",".join(["0-999999"] * 500)])
 def test_layers_that_no_model_has(source, layers):
     refused_soon("convert", source, source.parent / "out", "--layers", layers, seconds=5)
 

@@ -22,7 +22,7 @@ def genai_config(checkpoint: Checkpoint, context: int) -> bytes:
     """The file's bytes; ``context`` is the graph's, in tokens.
 
     No provider is named, which means the CPU, except for bfloat16, which runs on CUDA alone, there with the attention
-    kernels that need no plan for each new prompt length (see docs/onnx.md).
+    kernels that need no plan for each new prompt length (see docs/guide/onnx.md).
     """
     d, generation = checkpoint.decoder, _generation_config(checkpoint.path)
     eos = generation_value(checkpoint, "eos_token_id", 2)

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 SHIPPED = ROOT / "tests" / "data" / "gutenberg-llama-5m"
-README, RESULTS = ROOT / "README.md", ROOT / "docs" / "compat.json"
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "reference" / "compat.json"
 PRUNE_ATTN = f"import sys; sys.path[0] = {str(ROOT)!r}; from prune_attn import main; main()"
 BEGIN, END = "<!-- scripts/compat --readme writes from here -->", "<!-- to here -->"
 PROMPTS, NEW_TOKENS, GAP = 3, 16, 0.05
@@ -431,7 +431,9 @@ def write_readme(rows: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/compat", description=__doc__.splitlines()[0])
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=f"of: {', '.join(ENGINES)}")
-    parser.add_argument("--readme", action="store_true", help="write the rows into README.md and docs/compat.json")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the rows into README.md and docs/reference/compat.json"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the rows to a file, on another machine")
     parser.add_argument(
         "--add", type=Path, metavar="FILE", help="run nothing; write a saved file's rows into README.md"

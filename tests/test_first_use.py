@@ -137,7 +137,12 @@ def test_types_are_packaged():
 
 
 def test_hints_name_no_package_that_is_on_no_index():
-    for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("pruner/**/*.py"), *ROOT.glob("export/**/*")):
+    for file in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("pruner/**/*.py"),
+        *ROOT.glob("export/**/*"),
+    ):
         if file.suffix in (".py", ".md", ".j2"):
             for line in file.read_text().splitlines():
                 assert "prune-attn" not in line.partition("pip install")[2].partition(";")[0].partition(" in ")[0], line

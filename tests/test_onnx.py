@@ -854,11 +854,11 @@ def test_the_engine_of_genai_takes_unequal_requests(copy, ids):
     assert tokens == single
 
 
-# -- docs/onnx.md ------------------------------------------------------------------------------------------------------
+# -- docs/guide/onnx.md ------------------------------------------------------------------------------------------------
 
 
 def snippet(name: str) -> str:
-    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "guide" / "onnx.md").read_text()
     return page.split(f"<!-- test: {name} -->\n```python\n")[1].split("```")[0]
 
 

@@ -1,6 +1,7 @@
 """``model.onnx`` opened by ONNX Runtime on the device that was asked for, with settings that any service can make too.
 
-Sources: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html; docs/cuda.md has what they give.
+Sources: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html; what they give:
+docs/notes/cuda.md.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _open(path: Path, providers: list[Any], entries: Mapping[str, str]) -> Any:
 
 
 def _hopper_settings(capability: int, decoder: Decoder) -> dict[str, str]:
-    """Environment variables; measured on Hopper only (docs/cuda.md)."""
+    """Environment variables; measured on Hopper only (docs/notes/cuda.md)."""
     if capability != _HOPPER:
         return {}
     # with no workspace cuBLAS does not split a few tokens' products over two kernels: 3 to 5% of a 7B's decode

@@ -1,7 +1,7 @@
 """``validate`` and ``report``: the pruned model measured against the original, and what is written about it.
 
 ``FORMAT`` and ``VERSION`` stand in ``results.json``; ``results.schema.json`` beside this file is its schema, and
-docs/validation.md says what each field means.
+docs/guide/validating.md says what each field means.
 """
 
 from __future__ import annotations

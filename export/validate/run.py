@@ -99,8 +99,8 @@ def validate(
 
     ``output`` defaults to ``pruned/report``. ``only`` (of PARTS, separated by commas) leaves the others out; without
     ``text`` there is no accuracy. ``dtype`` is PyTorch's (default: float32 on the CPU, as stored on CUDA); ONNX Runtime
-    computes in what is stored. docs/validation.md says what each part measures. A run that was stopped goes on where
-    it was when it is started again with the same options, and as many ``threads`` (``pruner.machine.computing``).
+    computes in what is stored. docs/guide/validating.md says what each part measures. A run that was stopped goes on
+    where it was when it is started again with the same options, and as many ``threads`` (``pruner.machine.computing``).
 
     Raises ``PruneAttnError`` for what cannot be measured, before anything is, and ``MachineError`` for a device whose
     memory is too small for one row.

@@ -211,13 +211,13 @@ def _task_file(path: Path, functions: bool = False) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_file():
-        raise PruneAttnError(f"{path}: no such task file; see docs/tasks.md")
+        raise PruneAttnError(f"{path}: no such task file; see docs/guide/tasks.md")
     try:
         fields = load_yaml(path, resolve_func=functions)
     except (OSError, ValueError, ImportError, AttributeError, yaml.YAMLError) as error:
-        raise PruneAttnError(f"{path}: is not a task file ({one_line(error)}); see docs/tasks.md") from None
+        raise PruneAttnError(f"{path}: is not a task file ({one_line(error)}); see docs/guide/tasks.md") from None
     if not isinstance(fields.get("task"), str):
-        raise PruneAttnError(f"{path}: names no task; it needs a line `task: NAME`, see docs/tasks.md")
+        raise PruneAttnError(f"{path}: names no task; it needs a line `task: NAME`, see docs/guide/tasks.md")
     return fields
 
 
@@ -242,7 +242,7 @@ def _load(task: _Task, cache: str, seed: int) -> TaskDict:
         raise PruneAttnError(
             f"task {task.name}: its data cannot be loaded ({type(error).__name__}: {one_line(error)}); "
             + (
-                "see docs/tasks.md"
+                "see docs/guide/tasks.md"
                 if path
                 else "run it once online (without HF_HUB_OFFLINE), then the cache in HF_HOME has it"
             )

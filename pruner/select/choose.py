@@ -58,7 +58,7 @@ def selection(
 
     ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
     The last two minimise ``objective``: kl (default: on unseen text it chose better than ce with up to 2,048
-    calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/selection.md), or ce.
+    calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/notes/selection.md), or ce.
     The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text``: a file or several,
     or ``general``, which comes along; ``text_field`` is JSON lines' (see ``pruner.text.read_contents``). ``seed`` says
     where in its part of the text each window lies; ``threads`` as in ``pruner.machine.computing``. ``partial`` is a

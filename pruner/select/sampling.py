@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pruner.text import Text
 
 
-SAMPLES, LENGTH = 64, 2048  # by the study in docs/selection.md
+SAMPLES, LENGTH = 64, 2048  # by the study in docs/notes/selection.md
 
 
 def how_many(

@@ -2,7 +2,7 @@
 
 NOTE = (
     "one prompt at a time, or prompts of one length: its generate pads a batch on the left, and such rows give token 0 "
-    "only (docs/onnx.md)"
+    "only (docs/guide/onnx.md)"
 )
 LIMITS = {
     "grouped": (

@@ -1,217 +1,153 @@
-"""The whole job as one function: open, plan, check, write, check again, and put in place."""
+"""``convert``: source, checkpoint, plan, layout, output, one step after another."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from export import record
-from export.engines import engine_notes_for, runs_on
-from export.layout import output_config, output_entries, parse_size
-from export.onnx import GraphOptions
-from export.push import check_can_push
+from export.engines import notes_for, runs_on
+from export.layout import Layout, WriteOptions, lay_out
+from export.push import Push, check_can_push
 from export.push import push as push_directory
 from export.select import partial_path
-from export.shards import plan_shards
-from export.staging import check_space, check_target, staged
-from export.write import Conversion, _write
-from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.dtypes import safetensors_dtype
+from export.staging import check_space, check_target
+from export.write import write
+from pruner.checkpoint import open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import expand
-from pruner.hub.source import find
-from pruner.plan import PruningPlan, plan_layers
-from pruner.plan_files import read_plan
+from pruner.hub.source import Revision, find
+from pruner.plan import PruningPlan
 from pruner.progress import Progress, keeping
 from pruner.select.calibrated import told_of
-from pruner.select.choose import select
-from pruner.select.request import DEPTH_NOTE, POSITIONAL, check_useful
-from pruner.summary import totals
-
-if TYPE_CHECKING:
-    from pruner.text import Texts
+from pruner.select.choose import choose
+from pruner.select.request import DEPTH_NOTE, Calibration, Drop, Request, as_request
 
 
-def choose(
-    checkpoint: Checkpoint,
-    *,
-    drop: str | None,
-    layers: str | None,
-    plan: str | os.PathLike[str] | PruningPlan | None,
-    sublayer: str | None,
-    strategy: str | None,
-    allow_first_layer: bool,
-    allow_all: bool,
-    **calibration: Any,
-) -> PruningPlan:
-    """The plan that the options ask for; ``PruneAttnError`` where they contradict each other or ask for nothing.
+@dataclass(frozen=True)
+class Conversion:
+    """What ``convert`` did, or would do (``dry_run``). ``before`` and ``after`` are ``pruner.summary.totals``."""
 
-    ``calibration`` is what ``pruner.select.select`` takes besides.
-    """
-    if calibration.get("text") is not None and (plan is not None or layers is not None):
-        raise PruneAttnError(
-            "--text is for choosing by it; leave it out, or leave out --plan and --layers (--validation-text is for "
-            "measuring)"
-        )
-    if plan is not None:
-        for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
-            if value is not None:
-                raise PruneAttnError(f"{option} cannot go with --plan, which says it already; leave one of them out")
-        made = read_plan(plan, checkpoint)
-        return made if drop is None else made.cut(drop, checkpoint)
-    if layers is not None:
-        if drop is not None or strategy is not None:
-            raise PruneAttnError("--layers names the layers itself; leave out --drop and --strategy")
-        return plan_layers(checkpoint, layers, sublayer or "attention")
-    if drop is None:
-        raise PruneAttnError("nothing to drop; say --drop 33%, --layers 22-29,31 or --plan plan.json")
-    return select(
-        checkpoint,
-        drop=drop,
-        sublayer=sublayer or "attention",
-        strategy=strategy,
-        allow_first_layer=allow_first_layer,
-        allow_all=allow_all,
-        **calibration,
-    )
+    source: Path
+    output: Path
+    plan: PruningPlan
+    before: dict[str, Any]
+    after: dict[str, Any]
+    shards: dict[str, int]  # file to bytes
+    dtype: str | None  # float16 and so on where a conversion was asked for
+    dry_run: bool
+    notes: list[str] = field(default_factory=list)
+    pushed: list[Push] = field(default_factory=list)  # one, where it was pushed
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "source": str(self.source),
+            "output": str(self.output),
+            "dry_run": self.dry_run,
+            "plan": {k: v for k, v in self.plan.to_json().items() if k not in ("format", "version", "source")},
+            "before": self.before,
+            "after": self.after,
+            "shards": self.shards,
+            "notes": self.notes,
+            "pushed": [push.to_json() for push in self.pushed],
+        }
 
 
 def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
+    drop: Request | str | int,
     *,
-    drop: str | int | None = None,
-    layers: str | Iterable[int] | None = None,
-    plan: str | os.PathLike[str] | PruningPlan | None = None,
-    sublayer: str | None = None,
-    strategy: str | None = None,
-    dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
+    calibration: Calibration | None = None,
+    options: WriteOptions = WriteOptions(),  # noqa: B008, frozen
+    hub: Revision = Revision(),  # noqa: B008, frozen
     dry_run: bool = False,
-    allow_first_layer: bool = False,
-    allow_all: bool = False,
-    onnx: bool = True,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    push: str | None = None,
-    text: Texts | None = None,
-    text_field: str | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    objective: str | None = None,
-    resume: bool = False,
-    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write ``source`` to ``output`` with sublayers physically removed.
+    """Write ``source`` to ``output`` with sublayers physically removed: ``convert("Llama-2-13b-hf", "pruned", "33%")``.
 
-    ``source`` is a directory, or a Hub id (at ``revision``, through ``cache_dir``) of which only headers are read until
-    all is known to be well. ``push`` names the Hub repository that the output is then pushed to.
+    ``source`` is a directory, or a Hub id (at ``hub``) of which only headers are read until all is known to be well.
+    ``drop`` says what goes: a count, a percentage, ``Drop``, ``Layers`` or ``SavedPlan``. With a ``calibration`` text
+    it is chosen by what that text costs; ``OUTPUT.plan.partial.json`` then keeps what has been computed until
+    ``output`` is there (a ``dry_run`` keeps nothing). ``options`` say how the output is written. A model that
+    ``model.onnx`` cannot express is converted without it, and a note says why.
 
-    What goes is said by ``drop`` (a count, or a percentage of the never-pruned model's sublayers) with ``strategy``
-    (default ``search`` with a ``text``, ``last`` without), by ``layers`` ("22-29,31" or numbers; the source's), or by
-    ``plan`` (a file, or a ``PruningPlan``; ``drop`` then cuts its order); ``sublayer`` is attention (default), mlp or
-    block. Kept tensors are the source's bytes unless ``dtype`` (float16, bfloat16, float32) asks for a conversion,
-    the only case besides a ``text`` that imports torch. ``onnx`` writes ``model.onnx`` and ``genai_config.json`` too;
-    a model that they cannot express is converted all the same, without them and with a note that says why.
-
-    ``text`` to ``threads`` are for the strategies that choose by a text: see ``pruner.select.selection``.
-    ``OUTPUT.plan.partial.json`` keeps what they have computed until ``output`` is there (a ``dry_run`` keeps
-    nothing).
-
-    ``output`` appears whole or not at all; ``overwrite`` replaces only a directory that this tool wrote. Raises
+    ``output`` appears whole or not at all. A ``dry_run`` checks everything and writes nothing. Raises
     ``PruneAttnError`` for bad input, with nothing written, and ``MachineError`` or ``OSError`` where the machine fails.
     """
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
-    output = expand(output)
-    max_bytes = parse_size(str(max_shard_size))
-    target_dtype = None if dtype is None else safetensors_dtype(dtype)
-    check_useful(
-        {
-            "strategy": strategy, "text": text, "text_field": text_field, "samples": samples, "length": length,
-            "seed": seed, "device": device,
-            "objective": objective, "resume": resume, "threads": threads,
-        }
-    )  # fmt: skip
-    if dry_run and resume:
-        raise PruneAttnError("--resume writes on what a stopped run kept, and --dry-run writes nothing; leave one out")
-    if push is not None:
-        check_can_push(push)
-    model = find(source, revision=revision, cache_dir=cache_dir)
+    output, request = expand(output), as_request(drop)
+    _check(options, calibration, dry_run)
+    model = find(source, hub)
     # what is refused is refused before gigabytes are fetched, unless they are needed to choose
-    afar = model is not None and model.has_headers and text is None and strategy in (None, *POSITIONAL)
+    afar = model is not None and model.has_headers and calibration is None
     if model is None:
         checkpoint = open_checkpoint(source)
     else:
         checkpoint = model.headers if afar else open_checkpoint(model.fetch(progress=progress))
-    source = checkpoint.path
     record.read_record(checkpoint.path)  # a damaged one is refused before any work
-    check_target(output, source, [shard.path for shard in checkpoint.shards], record.not_ours, overwrite)
-    by_text = text is not None and strategy not in POSITIONAL
+    check_target(output, checkpoint.path, [s.path for s in checkpoint.shards], record.not_ours, options.overwrite)
     partial = partial_path(output.with_name(f"{output.name}.plan"))
-    with keeping(lambda: told_of(partial)) if by_text else nullcontext():
-        chosen = choose(
-            checkpoint,
-            drop=None if drop is None else str(drop),
-            layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
-            plan=plan,
-            sublayer=sublayer,
-            strategy=strategy,
-            allow_first_layer=allow_first_layer,
-            allow_all=allow_all,
-            text=text,
-            text_field=text_field,
-            samples=samples,
-            length=length,
-            seed=seed,
-            device=device,
-            objective=objective,
-            partial=None if dry_run else partial,
-            resume=resume,
-            threads=threads,
-            progress=progress,
-        )
-    result = chosen.check(checkpoint.decoder, allow_first_layer=allow_first_layer, allow_all=allow_all)
+    with keeping(lambda: told_of(partial)) if calibration else nullcontext():
+        kept = None if dry_run else partial
+        plan = choose(checkpoint, request, calibration, partial=kept, progress=progress).plan
+    left = plan.check(checkpoint.decoder, allow_first_layer=request.allow_first_layer, allow_all=request.allow_all)
+    layout = lay_out(checkpoint, plan, left, options)
+    check_space(output, layout.nbytes)
+    chosen_blindly = [DEPTH_NOTE] if isinstance(request, Drop) and calibration is None else []
+    if dry_run:
+        return _conversion(layout, output, dry_run, _expected_notes(layout) + chosen_blindly)
+    if model is not None and afar:
+        layout = lay_out(open_checkpoint(model.fetch(progress=progress)), plan, left, options)
+    with keeping(lambda: told_of(partial)) if calibration else nullcontext():
+        written = write(layout, output, progress)
+    if calibration is not None:
+        partial.unlink(missing_ok=True)
+    pushed = [] if options.push is None else [_push(output, options.push, progress)]
+    return _conversion(layout, output, dry_run, [*written.notes, *chosen_blindly], pushed)
 
-    config = output_config(checkpoint, result, target_dtype)
-    shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes, config)
-    conversion = Conversion(
-        source,
+
+def _check(options: WriteOptions, calibration: Calibration | None, dry_run: bool) -> None:
+    """Refuse what is wrong by itself, before anything is opened."""
+    _ = options.max_bytes, options.stored_as
+    if dry_run and calibration is not None and calibration.resume:
+        raise PruneAttnError("--resume writes on what a stopped run kept, and --dry-run writes nothing; leave one out")
+    if options.push is not None:
+        check_can_push(options.push)
+
+
+def _conversion(
+    layout: Layout, output: Path, dry_run: bool, notes: list[str], pushed: list[Push] | None = None
+) -> Conversion:
+    return Conversion(
+        layout.checkpoint.path,
         output,
-        chosen,
-        before=totals(checkpoint.decoder, checkpoint.tensors),
-        after=totals(result, checkpoint.tensors, target_dtype),
-        shards={shard.file: shard.size for shard in shards},
-        dtype=dtype,
-        dry_run=dry_run,
-        notes=engine_notes_for(result, config)
-        + (runs_on(checkpoint, dtype) if onnx else [])
-        + ([DEPTH_NOTE] if plan is None and chosen.strategy in POSITIONAL else []),
+        layout.plan,
+        layout.before,
+        layout.after,
+        {shard.file: shard.size for shard in layout.shards},
+        layout.options.dtype,
+        dry_run,
+        notes,
+        pushed or [],
     )
-    total = sum(conversion.shards.values())
-    check_space(output, total)
-    if not dry_run:
-        if model and afar:
-            checkpoint = open_checkpoint(model.fetch(progress=progress))
-            config = output_config(checkpoint, result, target_dtype)  # the tokenizer, too, is there only now
-            shards = plan_shards(output_entries(checkpoint, result, target_dtype), max_bytes, config)
-        kept = keeping(lambda: told_of(partial)) if by_text else nullcontext()
-        with kept, staged(output, record.not_ours if overwrite else lambda path: "exists") as directory:
-            options = GraphOptions() if onnx else None
-            _write(directory, checkpoint, chosen, result, config, shards, conversion, options, progress)
-        if by_text:
-            partial.unlink(missing_ok=True)
-        if push is not None:
-            try:
-                with keeping(lambda: f"{output} is whole"):
-                    conversion.pushed.append(push_directory(output, push, progress=progress))
-            except PruneAttnError as error:
-                again = f"{output} is whole, push it again with `prune-attn push {output} {push}`"
-                raise type(error)(f"{error}; {again}") from None
-    return conversion
+
+
+def _expected_notes(layout: Layout) -> list[str]:
+    """What a dry run can say of the output."""
+    graph = [] if layout.options.graph is None else runs_on(layout.checkpoint, layout.options.dtype)
+    return notes_for(layout.left, layout.config) + graph
+
+
+def _push(output: Path, repository: str, progress: Progress | None) -> Push:
+    try:
+        with keeping(lambda: f"{output} is whole"):
+            return push_directory(output, repository, progress=progress)
+    except PruneAttnError as error:
+        again = f"{output} is whole, push it again with `prune-attn push {output} {repository}`"
+        raise type(error)(f"{error}; {again}") from None

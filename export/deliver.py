@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from export import record
 from export.engines import RUNS_ON
+from export.layout import WriteOptions, lay_out, stored_in
 from export.onnx import GraphOptions
 from export.onnx.runtime_files import runtime_files
-from export.staging import replace_files
+from export.staging import check_space, check_target, replace_files
+from export.write import write
 from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
-from pruner.hub.source import fetch, find
+from pruner.files import expand
+from pruner.hub.source import Revision, fetch, find
 from pruner.names import GRAPH
 from pruner.nemotron_nas import dialect
+from pruner.plan import PruningPlan
 from pruner.progress import Progress
 
 
@@ -47,11 +51,8 @@ def export(
     context: int | None = None,
     last_token_logits: bool | None = None,
     accept_changes: bool = False,
-    dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    options: WriteOptions | None = None,
+    hub: Revision = Revision(),  # noqa: B008
     progress: Progress | None = None,
 ) -> Export:
     """Write ``model.onnx`` and ``genai_config.json`` for a directory.
@@ -59,22 +60,18 @@ def export(
     In place (no ``output``) for what prune-attn wrote, or what ``save_pretrained`` made of it: each file is replaced in
     one step and no weights are read. Shards that changed since the last export are refused unless ``accept_changes``.
     ``context`` (tokens) and ``last_token_logits`` are those of the graph that is there, where they are ``None``.
-    With ``output``, for any Llama, also by its Hub id (at ``revision``, through ``cache_dir``): its weights are copied
-    there, laid out so that q|k|v is one piece, under ``convert``'s rules; ``dtype`` converts them. Raises
+    With ``output``, for any Llama, also by its Hub id (at ``hub``): its weights are copied there, laid out so that
+    q|k|v is one piece, as ``options`` say (all but ``graph`` and ``push``), by ``convert``'s rules. Raises
     ``PruneAttnError``, or ``MachineError`` where the disk fails.
     """
-    options = GraphOptions(context, bool(last_token_logits))
-    if output is None and find(directory, revision=revision, cache_dir=cache_dir) is not None:
+    if output is None and options is not None:
+        raise PruneAttnError("how to write is for an export into an output; name one, or leave the options out")
+    if output is None and find(directory, hub) is not None:
         raise PruneAttnError(f"{directory}: is on the Hub; name an output: prune-attn export {directory} OUTPUT")
-    directory = fetch(directory, revision=revision, cache_dir=cache_dir, progress=progress)
+    checkpoint = open_checkpoint(fetch(directory, hub, progress=progress))
     if output is not None:
-        from export.write import lay_out
-
-        conversion = lay_out(directory, output, options, dtype, max_shard_size, overwrite, progress)
-        return _describe(open_checkpoint(output), options, conversion.notes)
-    if dtype is not None or overwrite:
-        raise PruneAttnError("--dtype and --overwrite belong to an export into an OUTPUT; name one, or leave them out")
-    checkpoint = open_checkpoint(directory)
+        graph = GraphOptions(context, bool(last_token_logits))
+        return _into(checkpoint, expand(output), replace(options or WriteOptions(), graph=graph), progress)
     facts = record.read_record(checkpoint.path)
     if facts is None and checkpoint.config["model_type"] != dialect.MODEL_TYPE:
         raise PruneAttnError(
@@ -92,9 +89,22 @@ def export(
 
         with suppress(DamagedGraphError):  # this is the cure
             check_fresh(checkpoint)
-    options = _as_before(checkpoint, context, last_token_logits)
-    replace_files(checkpoint.path, runtime_files(checkpoint, facts, options))
-    return _describe(checkpoint, options, [])
+    graph = _as_before(checkpoint, context, last_token_logits)
+    replace_files(checkpoint.path, runtime_files(checkpoint, facts, graph))
+    return _describe(checkpoint, graph, [])
+
+
+def _into(checkpoint: Checkpoint, output: Path, options: WriteOptions, progress: Progress | None) -> Export:
+    """The flow of ``convert`` with an empty plan. Raises ``PruneAttnError`` where no graph can be written."""
+    assert options.graph is not None
+    record.read_record(checkpoint.path)  # a damaged one is refused before any work
+    layout = lay_out(checkpoint, PruningPlan.nothing(), checkpoint.decoder, options)
+    check_target(output, checkpoint.path, [s.path for s in checkpoint.shards], record.not_ours, options.overwrite)
+    # what it refuses, it refuses before anything is copied
+    runtime_files(stored_in(checkpoint, options.stored_as), None, options.graph)
+    check_space(output, layout.nbytes)
+    written = write(layout, output, progress)
+    return _describe(open_checkpoint(output), options.graph, list(written.notes))
 
 
 def _as_before(checkpoint: Checkpoint, context: int | None, last_token_logits: bool | None) -> GraphOptions:

@@ -15,7 +15,7 @@ def runs_on(checkpoint: Checkpoint, dtype: str | None) -> list[str]:
     return [RUNS_ON[name] for name in names if len(names) == 1 and name in RUNS_ON]
 
 
-def engine_notes_for(result: Decoder, config: dict[str, Any]) -> list[str]:
+def notes_for(result: Decoder, config: dict[str, Any]) -> list[str]:
     notes = []
     if config["model_type"] != dialect.MODEL_TYPE:
         notes.append("whole blocks removed and the rest renumbered: the output is a plain Llama, without custom code")

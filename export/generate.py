@@ -13,7 +13,7 @@ from export.genai import generation_value
 from pruner import machine
 from pruner.checkpoint import open_checkpoint
 from pruner.errors import PruneAttnError
-from pruner.hub.source import fetch
+from pruner.hub.source import Revision, fetch
 from pruner.machine import computing
 from pruner.model import LanguageModel, TorchLanguageModel
 from pruner.progress import Progress
@@ -45,22 +45,19 @@ def generate(
     backend: str = "onnx",
     device: str = "auto",
     threads: int | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    hub: Revision = Revision(),  # noqa: B008
     progress: Progress | None = None,
     write: Callable[[str], None] | None = None,
     chat: bool = False,
 ) -> Generated:
     """Go on from ``prompt`` until ``new_tokens``, the end of text or of the context; ``write`` gets text as it comes.
 
-    ``directory`` may be a Hub id, at ``revision``, through ``cache_dir``. The prompt is taken as it is, with the
+    ``directory`` may be a Hub id, at ``hub``. The prompt is taken as it is, with the
     tokenizer's own BOS, or with ``chat`` as a user's message in the chat template. ``threads``: see
     ``pruner.machine.computing``. Raises ``PruneAttnError``.
     """
     with computing(threads, torch=backend == "torch"):
-        directory = fetch(
-            directory, revision=revision, cache_dir=cache_dir, runtime=backend == "onnx", progress=progress
-        )
+        directory = fetch(directory, hub, runtime=backend == "onnx", progress=progress)
         tokenizer = PromptTokenizer(directory)
         ids = tokenizer.chat_ids(prompt) if chat else tokenizer.ids(prompt)
         return _generate(directory, tokenizer, ids, new_tokens, backend, device, write)

@@ -1,19 +1,84 @@
-"""What an output holds, given its source and the decoder that is left: tensors, names and configuration."""
+"""What an output will hold and where each of its bytes comes from; nothing is written here."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from export.companions import companions, tokenizer_class
-from export.shards import Entry
+from export.onnx import GraphOptions
+from export.shards import Entry, OutputShard, plan_shards
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor
 from pruner.checkpoint.config import read_decoder
-from pruner.dtypes import WEIGHT_DTYPES
+from pruner.dtypes import WEIGHT_DTYPES, safetensors_dtype
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder
 from pruner.nemotron_nas import dialect
+from pruner.plan import PruningPlan
+from pruner.summary import totals
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How an output is written.
+
+    ``dtype`` (float16, bfloat16 or float32) converts the weights; without it they are the source's bytes, and torch
+    is not needed. ``max_shard_size``: "5GB" (10^9), "2GiB" (2^30) or bytes. ``overwrite`` replaces a directory that
+    this tool wrote, and no other. ``graph``: how ``model.onnx`` is written beside ``genai_config.json``; ``None``:
+    neither is written. ``push`` names the Hub repository that the output is then pushed to.
+    """
+
+    dtype: str | None = None
+    max_shard_size: str | int = "5GB"
+    overwrite: bool = False
+    graph: GraphOptions | None = field(default_factory=GraphOptions)
+    push: str | None = None
+
+    @property
+    def stored_as(self) -> str | None:
+        """``dtype`` by safetensors' name. Raises ``PruneAttnError`` for another one."""
+        return None if self.dtype is None else safetensors_dtype(self.dtype)
+
+    @property
+    def max_bytes(self) -> int:
+        """``max_shard_size`` in bytes. Raises ``PruneAttnError`` where it is no size."""
+        return parse_size(str(self.max_shard_size))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An output before it is written: ``left`` is what ``plan`` leaves of the checkpoint's decoder."""
+
+    checkpoint: Checkpoint
+    plan: PruningPlan
+    left: Decoder
+    options: WriteOptions
+    config: dict[str, Any] = field(repr=False)
+    shards: tuple[OutputShard, ...] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights' files, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The source in numbers (``pruner.summary.totals``)."""
+        return totals(self.checkpoint.decoder, self.checkpoint.tensors)
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """The output in numbers."""
+        return totals(self.left, self.checkpoint.tensors, self.options.stored_as)
+
+
+def lay_out(checkpoint: Checkpoint, plan: PruningPlan, left: Decoder, options: WriteOptions) -> Layout:
+    """Every tensor of the output with its place, in memory alone. No weights are read."""
+    dtype = options.stored_as
+    config = output_config(checkpoint, left, dtype)
+    shards = plan_shards(output_entries(checkpoint, left, dtype), options.max_bytes, config)
+    return Layout(checkpoint, plan, left, options, config, tuple(shards))
 
 
 def output_decoder(result: Decoder) -> Decoder:
@@ -69,7 +134,9 @@ def parse_size(text: str) -> int:
     raise PruneAttnError(f"--max-shard-size {text!r} is not a size; write for example 5GB or 500MB")
 
 
-def _as(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+def stored_in(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     """A checkpoint as if its weights were in another dtype, for what asks only that."""
+    if dtype is None:
+        return checkpoint
     tensors = {name: replace(tensor, dtype=dtype) for name, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, tensors=tensors)

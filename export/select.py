@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pruner.checkpoint import open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
-from pruner.hub.source import fetch
+from pruner.hub.source import Revision, fetch
 from pruner.plan import PruningPlan
-from pruner.progress import keeping
+from pruner.progress import Progress, keeping
 from pruner.record import FORMAT
 from pruner.select.calibrated import told_of
-from pruner.select.choose import selection
-from pruner.select.request import DEPTH_NOTE, POSITIONAL, check_useful
+from pruner.select.choose import choose
+from pruner.select.request import DEPTH_NOTE, POSITIONAL, Calibration, Drop
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,25 @@ def partial_path(output: Path) -> Path:
 
 def select(
     source: str | os.PathLike[str],
-    output: str | os.PathLike[str] = "plan.json",
+    drop: Drop | str | int,
     *,
+    calibration: Calibration | None = None,
+    output: str | os.PathLike[str] = "plan.json",
     overwrite: bool = False,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    **options: Any,
+    hub: Revision = Revision(),  # noqa: B008
+    progress: Progress | None = None,
 ) -> Selected:
-    """Choose what to drop and save the plan as ``output``, whole or not at all; options as ``pruner.select.selection``.
+    """Choose what to drop and save the plan as ``output``, whole or not at all; ``drop`` as for ``convert``.
 
-    ``source`` is a directory, or a Hub id (at ``revision``, through ``cache_dir``) that is fetched first.
-    ``overwrite`` replaces only a plan. What has been computed is kept beside ``output`` until the plan is there.
+    ``source`` is a directory, or a Hub id (at ``hub``) that is fetched first. ``overwrite`` replaces only a plan. What
+    has been computed is kept beside ``output`` until the plan is there.
     """
-    check_useful(options)
     output = expand(output)
     _check_output(output, overwrite)
     partial = partial_path(output)
-    source = fetch(source, revision=revision, cache_dir=cache_dir, progress=options.get("progress"))
+    checkpoint = open_checkpoint(fetch(source, hub, progress=progress))
     with keeping(lambda: told_of(partial)):
-        made = selection(source, partial=partial, **options)
+        made = choose(checkpoint, drop, calibration, partial=partial, progress=progress)
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         staging.write_text(json.dumps(made.plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,10 +18,11 @@ from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.dtypes import safetensors_dtype
 from pruner.errors import MachineError, PruneAttnError
 from pruner.files import expand, open_regular
-from pruner.hub.source import HubModel, find, names_repository
+from pruner.hub.source import HubModel, Revision, find, names_repository
 from pruner.llama import Decoder
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
 from pruner.nemotron_nas import dialect
+from pruner.plan import NOTHING
 from pruner.plan_files import recorded_plan
 from pruner.progress import Progress, Step
 
@@ -89,7 +90,7 @@ def verify(
         raise PruneAttnError("--cache-dir belongs to a Hub id, and none is given; leave it out")
 
     def find_at(place: str | os.PathLike[str], revision: str | None) -> HubModel | None:
-        return find(place, revision=revision, cache_dir=cache_dir if place in on_hub else None)
+        return find(place, Revision(revision, cache_dir if place in on_hub else None))
 
     model = find_at(output, output_revision)
     if model is None and not expand(output).is_dir():
@@ -219,7 +220,7 @@ def _again(output: Path, steps: list[dict[str, Any]], source: Checkpoint, proble
     path, made = output / PLAN_FILE, source
     for number, step in enumerate(steps):
         plan = recorded_plan(step, path, made)
-        nothing = plan.strategy == "none"  # an export of an unpruned model
+        nothing = plan.strategy == NOTHING  # an export of an unpruned model
         left = made.decoder if nothing else plan.check(made.decoder, allow_first_layer=True, allow_all=True)
         dtype = step.get("converted_to")
         facts = record.make_record(plan, made, left, dtype) | {"tool": step.get("tool")}

@@ -27,6 +27,8 @@ class Decoder:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    context: int  # tokens
+    epsilon: float  # of the norms
     tied: bool
     attention_bias: bool
     mlp_bias: bool

@@ -19,6 +19,7 @@ from pruner.llama import SUBLAYERS, Decoder
 from pruner.record import FORMAT, LONGEST_REQUEST, MOST_LAYERS, read_record
 
 VERSION = 1
+NOTHING = "none"  # the strategy of a plan that drops nothing
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class PruningPlan:
         attention = dropped if sublayer in ("attention", "block") else ()
         mlp = dropped if sublayer in ("mlp", "block") else ()
         return cls(sublayer, strategy, attention, mlp, order, requested)
+
+    @classmethod
+    def nothing(cls) -> PruningPlan:
+        """The plan that drops nothing: the same model, laid out anew."""
+        return cls("mixed", NOTHING, (), ())
 
     def cut(self, drop: str, checkpoint: Checkpoint) -> PruningPlan:
         """This plan with another number of ``checkpoint``'s sublayers, taken from the beginning of its order."""

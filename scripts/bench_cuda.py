@@ -29,6 +29,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from prune_attn import WriteOptions
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 SHIPPED = ROOT / "tests/data/gutenberg-llama-5m"
@@ -179,7 +181,7 @@ def run_correct(dtype: str, directory: str) -> dict[str, Any]:
     from pruner.model import TorchLanguageModel
     from pruner.text import load_tokenizer
 
-    result = convert(SHIPPED, directory, drop="33%", dtype=dtype)
+    result = convert(SHIPPED, directory, "33%", options=WriteOptions(dtype=dtype))
     tokens = load_tokenizer(SHIPPED)((ROOT / "README.md").read_text(), verbose=False)["input_ids"]
     windows = np.array(tokens[:2048]).reshape(8, 256)
     truth, ours = TorchLanguageModel(SHIPPED, dtype="float32"), OnnxSession(directory, device="cuda")
@@ -222,7 +224,7 @@ def run_genai(dtype: str, directory: str) -> dict[str, Any]:
 
     from export.convert import convert
 
-    convert(SHIPPED, directory, drop="33%", dtype=dtype)
+    convert(SHIPPED, directory, "33%", options=WriteOptions(dtype=dtype))
     config = genai.Config(directory)
     config.clear_providers()
     config.append_provider("cuda")
@@ -351,7 +353,7 @@ def bench(
     add_in_turn("original", original, rows)
     shutil.rmtree(builder, ignore_errors=True)
     if "pruned" not in without:
-        run["dropped"] = len(convert(original, pruned, drop=synthetic.THIRD.get(shape, "33%")).plan.attention)
+        run["dropped"] = len(convert(original, pruned, synthetic.THIRD.get(shape, "33%")).plan.attention)
         export(pruned, last_token_logits=True)
         add_in_turn(f"{run['dropped']} dropped", pruned, {})
     if "lengths" not in without:

@@ -17,7 +17,7 @@ from foreign import write_bin, write_meta
 
 PROGRAM = """
 import sys, time
-from export import convert
+from prune_attn import convert
 start = time.perf_counter()
 result = convert(sys.argv[1], sys.argv[2], drop="33%")
 took = time.perf_counter() - start

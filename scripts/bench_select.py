@@ -17,7 +17,8 @@ from synthetic import SHAPES, make
 from pruner import open_checkpoint
 from pruner.model import TorchLanguageModel, inference
 from pruner.progress import Step
-from pruner.select.choose import selection
+from pruner.select.choose import choose
+from pruner.select.request import Calibration
 from pruner.select.sampling import how_many, windows
 from pruner.text import load_tokenizer, read_text
 
@@ -101,7 +102,7 @@ def main() -> None:
         context = int(open_checkpoint(source).config["max_position_embeddings"])
         samples, length = how_many(known, context, samples, length, print)
         common = {"samples": samples, "length": length, "seed": options.seed, "device": options.device}
-        made = selection(source, drop=drop, strategy="search", text=text, progress=news, **common)
+        made = choose(open_checkpoint(source), drop, Calibration(text, **common), progress=news)
         plan = made.plan
         result = {
             "shape": options.shape or str(source), "drop": drop, **common,

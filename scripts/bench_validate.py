@@ -48,7 +48,7 @@ def main() -> None:
             say(f"{shape}: making the model")
             synthetic.make(source, shape, laid_out=True)
             say(f"{shape}: pruning")
-            convert(source, pruned, drop=synthetic.THIRD.get(shape, "33%"))
+            convert(source, pruned, synthetic.THIRD.get(shape, "33%"))
             options = {
                 "output": arguments.output / shape, "device": arguments.device, "batch": arguments.batch,
                 "prompt": arguments.prompt, "new-tokens": arguments.new_tokens, "repeats": arguments.repeats,

@@ -16,8 +16,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from export import convert, verify
 from export.deliver import export
+from prune_attn import convert, verify
 from pruner.text import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def check(theirs_python: str, source: Path, work: Path, parts: int) -> str:
     done = subprocess.run([theirs_python, *script, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     export(source, work / "ours")
-    convert(source, work / "pruned", drop=1)
+    convert(source, work / "pruned", 1)
     for name in ("ours", "pruned"):
         assert (found := verify(work / name, source)).ok, found.problems
     theirs, ours, pruned = (tensors(work / name) for name in ("theirs", "ours", "pruned"))

@@ -26,6 +26,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from prune_attn import Drop, Layers, SavedPlan, WriteOptions  # noqa: E402
+
 SHIPPED = ROOT / "tests" / "data" / "gutenberg-llama-5m"
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "reference" / "compat.json"
 PRUNE_ATTN = f"import sys; sys.path[0] = {str(ROOT)!r}; from prune_attn import main; main()"
@@ -33,16 +36,16 @@ BEGIN, END = "<!-- scripts/compat --readme writes from here -->", "<!-- to here 
 PROMPTS, NEW_TOKENS, GAP = 3, 16, 0.05
 SNIPPET_CASE, SNIPPET_PROMPT, SNIPPET_TOKENS = "end", "Once upon a time", 8  # fewer: in the snippet's own dtype
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {  # column: model, options of convert
-    "end": ("shipped", {"drop": "33%"}),
-    "middle": ("shipped", {"layers": "3,5-7"}),
-    "layer 0": ("shipped", {"layers": "0,5", "allow_first_layer": True}),
-    "every": ("shipped", {"drop": "100%", "allow_all": True}),
-    "MLP": ("shipped", {"layers": "3,11", "sublayer": "mlp"}),
-    "mixed": ("shipped", {"plan": {"drop_attn_list": [3, 6, 8], "drop_mlp_list": [6]}}),
-    "blocks": ("shipped", {"drop": "2", "sublayer": "block"}),
-    "grouped": ("grouped", {"layers": "3,5-7"}),
-    "width 600": ("odd", {"layers": "3,5-7"}),
+CASES: dict[str, tuple[str, Any]] = {  # column: model, and what goes, or a plan of LLM-Drop's
+    "end": ("shipped", Drop("33%")),
+    "middle": ("shipped", Layers("3,5-7")),
+    "layer 0": ("shipped", Layers("0,5", allow_first_layer=True)),
+    "every": ("shipped", Drop("100%", allow_all=True)),
+    "MLP": ("shipped", Layers("3,11", "mlp")),
+    "mixed": ("shipped", {"drop_attn_list": [3, 6, 8], "drop_mlp_list": [6]}),
+    "blocks": ("shipped", Drop(2, "block")),
+    "grouped": ("grouped", Layers("3,5-7")),
+    "width 600": ("odd", Layers("3,5-7")),
 }
 LEGEND = (
     "Attention removed at the end (the deepest third), in the middle, at layer 0 and at every layer; MLPs removed; "
@@ -227,14 +230,13 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
     prompts, made = sorted(tokenizer(texts).input_ids, key=len), {}
     texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
     unpruned, _ = greedy(original(SHIPPED, [], []), prompts)
-    for case, (name, options) in CASES.items():
+    for case, (name, drop) in CASES.items():
         directory, source = work / case.replace(" ", "-"), sources[name]
-        options = dict(options)
-        if "plan" in options:
-            plan = work / "plan.json"
-            plan.write_text(json.dumps(options["plan"]))
-            options["plan"] = plan
-        plan = convert(source, directory, onnx=onnx, **options).plan
+        if isinstance(drop, dict):
+            (work / "plan.json").write_text(json.dumps(drop))
+            drop = SavedPlan(work / "plan.json")
+        write = WriteOptions() if onnx else WriteOptions(graph=None)
+        plan = convert(source, directory, drop, options=write).plan
         tokens, gaps = greedy(original(source, [*plan.attention], [*plan.mlp]), prompts)
         clear = [
             i

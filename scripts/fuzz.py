@@ -28,6 +28,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prune_attn import Layers, WriteOptions
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -226,7 +228,7 @@ def make_sources(where: Path) -> dict[str, Path]:
     from foreign import write_bin, write_meta
     from safetensors.numpy import save_file
 
-    from export import convert
+    from prune_attn import convert
     from pruner.checkpoint.config import read_decoder
 
     one = where / "one"
@@ -242,7 +244,7 @@ def make_sources(where: Path) -> dict[str, Path]:
         {name: noise.standard_normal(s).astype("float16") for name, s in shapes.items()}, one / "model.safetensors"
     )
     sharded = where / "sharded"
-    convert(one, where / "pruned", layers="2", max_shard_size="400KB")
+    convert(one, where / "pruned", Layers("2"), options=WriteOptions(max_shard_size="400KB"))
     shutil.copytree(one, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = {name: noise.standard_normal(s).astype("float16") for name, s in shapes.items()}
     names = list(tensors)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,37 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+def asked(**options: Any) -> dict[str, Any]:
+    """Options as the command line names them, as the arguments of ``convert`` (and ``choose``) that they stand for."""
+    from prune_attn import Calibration, Drop, Layers, SavedPlan, WriteOptions
+    from pruner.select.request import CALIBRATED
+
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    allowed, sublayer = taken("allow_first_layer", "allow_all"), taken("sublayer")
+    text, by_text = (
+        options.pop("text", None),
+        taken("text_field", "samples", "length", "seed", "device", "objective", "resume", "threads"),
+    )
+    amount, layers, plan = (options.pop(name, None) for name in ("drop", "layers", "plan"))
+    strategy = taken("strategy")
+    arguments: dict[str, Any] = {}
+    if text is not None:
+        arguments["calibration"] = Calibration(text, **strategy, **by_text)
+        strategy = {} if strategy.get("strategy") in (None, *CALIBRATED) else strategy
+    if plan is not None:
+        arguments["drop"] = SavedPlan(plan, amount, **allowed)
+    elif layers is not None:
+        arguments["drop"] = Layers(layers, **sublayer, **allowed)
+    elif amount is not None:
+        arguments["drop"] = Drop(amount, **sublayer, **strategy, **allowed)
+    if "onnx" in options:
+        assert options.pop("onnx") is False
+        options["graph"] = None
+    return arguments | ({"options": WriteOptions(**options)} if options else {})
 
 
 def hub_snapshot(files: Path, repository: Path) -> Path:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import SHIPPED, tree
 
-from export import adopt, convert, verify
 from export.onnx.session import OnnxSession
 from export.push import push
+from prune_attn import Layers, WriteOptions, adopt, convert, verify
 from pruner import PruneAttnError
 
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> Path:
-    convert(SHIPPED, tmp_path / "pruned", layers="5,9", dtype="float32")
+    convert(SHIPPED, tmp_path / "pruned", Layers("5,9"), options=WriteOptions(dtype="float32"))
     return tmp_path / "pruned"
 
 
@@ -63,7 +63,7 @@ def test_trained_adopted_verified_pushed(pruned, trained, cli, tmp_path):
     ids = oracle.ids(1, 12, 4096)
     expected = oracle.logits(oracle.pruned(trained), ids).numpy()
     assert np.abs(OnnxSession(trained).logits(ids.numpy()) - expected).max() < 1e-3
-    convert(trained, tmp_path / "again", layers="2")
+    convert(trained, tmp_path / "again", Layers("2"))
     assert verify(tmp_path / "again", trained).ok
     assert verify(tmp_path / "again", SHIPPED).differ == ["model.layers.3.mlp.up_proj.weight"]
     shutil.copy(trained / "README.md", trained / "notes.md")
@@ -72,7 +72,7 @@ def test_trained_adopted_verified_pushed(pruned, trained, cli, tmp_path):
 
 def test_what_is_not_adopted(pruned, trained, tmp_path, cli):
     kept = tree(trained)
-    convert(SHIPPED, tmp_path / "other", layers="4,9")
+    convert(SHIPPED, tmp_path / "other", Layers("4,9"))
     assert "has other layers" in cli("adopt", trained, "--like", tmp_path / "other", check=2).stderr
     assert "was not written by prune-attn" in cli("adopt", trained, "--like", trained, check=2).stderr
     with pytest.raises(PruneAttnError, match="is the pruned directory itself"):

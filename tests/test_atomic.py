@@ -18,8 +18,9 @@ import pytest
 from conftest import SHIPPED, tree
 from safetensors.numpy import save_file
 
-from export import convert, staging, verify
 from export import shards as safetensors
+from export import staging
+from prune_attn import WriteOptions, convert, verify
 from pruner import MachineError, PruneAttnError, open_checkpoint
 from pruner.checkpoint.config import read_decoder
 from pruner.progress import Step
@@ -62,7 +63,7 @@ def test_kills_at_many_moments(big, tmp_path, existing):
     takes = min(times)
     new = tree(out)
     if existing:
-        convert(big, out, drop=1, overwrite=True)
+        convert(big, out, 1, options=WriteOptions(overwrite=True))
     old = tree(out) if existing else None
     shutil.rmtree(out) if not existing else None
     rng, unfinished = random.Random(existing), 0
@@ -78,7 +79,7 @@ def test_kills_at_many_moments(big, tmp_path, existing):
             unfinished += 1
         elif (now := tree(out)) == new:
             if existing:  # put the old one back for the next round
-                convert(big, out, drop=1, overwrite=True)
+                convert(big, out, 1, options=WriteOptions(overwrite=True))
                 assert tree(out) == old
             else:
                 shutil.rmtree(out)
@@ -89,7 +90,7 @@ def test_kills_at_many_moments(big, tmp_path, existing):
             assert process.returncode in (0, 128 + how, -how)
             assert [p.name for p in tmp_path.iterdir() if p.name != "out" and i == 0] == []
     assert unfinished > 2  # else nothing was tested
-    convert(big, out, drop=3, overwrite=True, max_shard_size="50MB")
+    convert(big, out, 3, options=WriteOptions(overwrite=True, max_shard_size="50MB"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # what the kills left is gone
     assert verify(out, big).ok
 
@@ -98,11 +99,11 @@ def test_kills_at_many_moments(big, tmp_path, existing):
 def test_every_sync_that_fails_leaves_the_old_or_the_new(tmp_path, monkeypatch, existing):
     """Fail the n-th sync, for every n, as a full disk does; the last one comes when the output is in its place."""
     out, real = tmp_path / "out", os.fsync
-    convert(SHIPPED, out, drop=4)
+    convert(SHIPPED, out, 4)
     new = tree(out)
     shutil.rmtree(out)
     if existing:
-        convert(SHIPPED, out, drop=1)
+        convert(SHIPPED, out, 1)
     old, outcomes = tree(tmp_path), []
     while not outcomes or outcomes[-1] != "new":
         calls = 0
@@ -116,7 +117,7 @@ def test_every_sync_that_fails_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
 
         monkeypatch.setattr(os, "fsync", failing)
         with pytest.raises((MachineError, OSError)):
-            convert(SHIPPED, out, drop=4, overwrite=True)
+            convert(SHIPPED, out, 4, options=WriteOptions(overwrite=True))
         outcomes.append("old" if tree(tmp_path) == old else "new")
     assert tree(out) == new
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -129,7 +130,7 @@ def test_a_full_disk_is_known_before_writing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(MachineError, match="1,000 free") as error:
-        convert(SHIPPED, tmp_path / "deep" / "out", drop=4)
+        convert(SHIPPED, tmp_path / "deep" / "out", 4)
     assert error.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -140,13 +141,13 @@ def test_a_disk_that_fills_up_meanwhile_is_told_clearly(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "copy_file_range", full)
     with pytest.raises(MachineError, match=r"model\.safetensors.*disk is full"):
-        convert(SHIPPED, tmp_path / "deep" / "out", drop=4)
+        convert(SHIPPED, tmp_path / "deep" / "out", 4)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_kernels_help(tmp_path, monkeypatch):
     """Other file systems: no copy_file_range, no reservation, no exchange."""
-    convert(SHIPPED, tmp_path / "a", drop=4)
+    convert(SHIPPED, tmp_path / "a", 4)
 
     def unsupported(*args):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -154,18 +155,18 @@ def test_without_the_kernels_help(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", unsupported)
     monkeypatch.setattr(safetensors, "reserve", lambda *args: False)
     monkeypatch.setattr(staging, "exchange", lambda *args: False)
-    convert(SHIPPED, tmp_path / "b", drop=2)
-    convert(SHIPPED, tmp_path / "b", drop=4, overwrite=True)
+    convert(SHIPPED, tmp_path / "b", 2)
+    convert(SHIPPED, tmp_path / "b", 4, options=WriteOptions(overwrite=True))
     assert tree(tmp_path / "b") == tree(tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_an_exchange_cut_short_is_put_back(tmp_path):
     """Where the file system cannot exchange, a kill between two renames leaves the old output under another name."""
-    convert(SHIPPED, tmp_path / "out", drop=4)
+    convert(SHIPPED, tmp_path / "out", 4)
     old = tree(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / ".out.prune-attn-old-0123456789ab")
-    convert(SHIPPED, tmp_path / "other", drop=1)
+    convert(SHIPPED, tmp_path / "other", 1)
     assert tree(tmp_path / "out") == old
 
 
@@ -186,7 +187,7 @@ time.sleep(60)"""
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
-        convert(SHIPPED, tmp_path / "out", drop=4)
+        convert(SHIPPED, tmp_path / "out", 4)
         left = {p.name for p in tmp_path.iterdir()}
         assert left == {*kept, "out", alive.name, ".link.prune-attn-new-0123456789ab"}
     finally:
@@ -203,9 +204,9 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path):
         os.utime(file, (1, 1))
 
     with pytest.raises(PruneAttnError, match="changed while it was read"):
-        convert(source, tmp_path / "out", drop=4, progress=touch)
+        convert(source, tmp_path / "out", 4, progress=touch)
     with pytest.raises(PruneAttnError, match="ended while it was read"):
-        convert(source, tmp_path / "out", drop=4, progress=lambda step: os.truncate(file, 20_000))
+        convert(source, tmp_path / "out", 4, progress=lambda step: os.truncate(file, 20_000))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -218,8 +219,8 @@ def test_a_place_that_cannot_be_written_is_the_machines_failure(cli):
 def test_streaming_memory_and_imports(big, tmp_path):
     """At most 250 MB for the whole process, and no torch, whatever the size; a conversion holds a piece at a time."""
     code = (
-        "import sys\nfrom export import convert, verify\n"
-        "convert({!r}, {!r}, drop=3, dtype={!r})\nassert verify({!r}, {!r}).ok\n"
+        "import sys\nfrom prune_attn import WriteOptions, convert, verify\n"
+        "convert({!r}, {!r}, 3, options=WriteOptions(dtype={!r}))\nassert verify({!r}, {!r}).ok\n"
         "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "print(int(peak) // 1024, 'torch' in sys.modules)"
     )
@@ -238,14 +239,14 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path, existing):
     """A conversion takes minutes; whoever puts files at OUTPUT meanwhile keeps them."""
     out = tmp_path / "out"
     if existing:
-        convert(SHIPPED, out, drop=1)
+        convert(SHIPPED, out, 1)
 
     def somebody(step: Step) -> None:
         out.mkdir(exist_ok=True)
         (out / "thesis.txt").write_text("years of work")
 
     with pytest.raises(PruneAttnError, match="appeared while this ran"):
-        convert(SHIPPED, out, drop=4, overwrite=existing, progress=somebody)
+        convert(SHIPPED, out, 4, progress=somebody, options=WriteOptions(overwrite=existing))
     assert (out / "thesis.txt").read_text() == "years of work"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

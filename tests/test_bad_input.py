@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED, edit_config, tree
+from conftest import SHIPPED, asked, edit_config, tree
 
-from export import convert
-from export.select import select
+from prune_attn import WriteOptions, convert
 from pruner import PruneAttnError, open_checkpoint
 
 
@@ -43,7 +42,7 @@ def refused(source: Path, match: str, **options: object) -> str:
     """Converting raises one line that matches, and nothing is written beside the source."""
     before, beside = tree(source) if source.is_dir() else None, sorted(source.parent.iterdir())
     with pytest.raises(PruneAttnError, match=match) as error:
-        convert(source, source.parent / "out", **({"drop": 1} | options))
+        convert(source, source.parent / "out", **asked(**{"drop": 1} | options))
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
     assert sorted(source.parent.iterdir()) == beside
@@ -127,7 +126,7 @@ def test_config_that_is_not_this_llama(source, fields, match):
 
 
 def test_nvidias_own_nemotron_nas_is_not_a_pruned_llama(source, tmp_path):
-    convert(source, tmp_path / "pruned", drop=4)
+    convert(source, tmp_path / "pruned", 4)
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     for damage in (
         lambda b: b[3]["attention"].update(n_heads_in_group=5),
@@ -269,7 +268,6 @@ def test_tensor_missing_everywhere(source):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(drop=None), "nothing to drop"),
         (dict(drop="0"), "drops nothing"),
         (dict(drop="0%"), "drops nothing"),
         (dict(drop="-3"), "neither a count"),
@@ -287,7 +285,6 @@ def test_tensor_missing_everywhere(source):
         (dict(drop=4, dtype="int8"), "unknown dtype"),
         (dict(drop=4, max_shard_size="big"), "not a size"),
         (dict(drop=4, max_shard_size="0"), "not a size"),
-        (dict(drop=4, layers="3"), "leave out --drop"),
         (dict(drop=None, layers="3,12"), "out of range"),
         (dict(drop=None, layers="3,5,3"), "twice"),
         (dict(drop=None, layers="3-5,4"), "twice"),
@@ -309,7 +306,7 @@ def test_output_that_must_not_be_touched(source, tmp_path):
     def no(output: Path, match: str, **options: object) -> None:
         before = tree(tmp_path)
         with pytest.raises(PruneAttnError, match=match):
-            convert(source, output, drop=4, **options)
+            convert(source, output, **asked(drop=4, **options))
         assert tree(tmp_path) == before
 
     stranger = tmp_path / "stranger"
@@ -331,16 +328,16 @@ def test_output_that_must_not_be_touched(source, tmp_path):
     no(tmp_path / "link", "source itself", overwrite=True)
     no(stranger / "thesis.tex", "not a directory", overwrite=True)
     no(stranger / "thesis.tex" / "deep", "not a directory")
-    convert(source, tmp_path / "out", drop=4)
+    convert(source, tmp_path / "out", 4)
     no(tmp_path / "out", "--overwrite")
     (tmp_path / "out" / "notes").mkdir()
     (tmp_path / "out" / "notes" / "mine.txt").write_text("not yours")
     no(tmp_path / "out", "mine.txt|notes", overwrite=True)
     shutil.rmtree(tmp_path / "out" / "notes")
-    convert(source, tmp_path / "out", drop=2, overwrite=True)
+    convert(source, tmp_path / "out", 2, options=WriteOptions(overwrite=True))
     assert json.loads((tmp_path / "out" / "pruning_plan.json").read_text())["attention"] == [10, 11]
     (tmp_path / "empty").mkdir()
-    convert(source, tmp_path / "empty", drop=2)
+    convert(source, tmp_path / "empty", 2)
     assert tree(tmp_path / "empty") == tree(tmp_path / "out")
 
 
@@ -394,14 +391,17 @@ def test_an_unpruned_copy_is_no_pruned_model(cli, source):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"strategy": "last", "text": "text.txt"}, "looks at no text"),
-        ({"seed": 1}, "--seed is for choosing by a text"),
-        ({"samples": 4}, "--samples is for choosing by a text"),
-        ({"resume": True}, "--resume is for choosing by a text"),
+        ([], "nothing to drop"),
+        (["--drop", "4", "--layers", "3"], "leave out --drop"),
+        (["--drop", "1", "--strategy", "last", "--text", "text.txt"], "looks at no text"),
+        (["--drop", "1", "--seed", "0"], "--seed is for choosing by a text"),
+        (["--drop", "1", "--samples", "4"], "--samples is for choosing by a text"),
+        (["--drop", "1", "--resume"], "--resume is for choosing by a text"),
+        (["--layers", "3", "--text", "text.txt"], "--text is for choosing by it"),
     ],
 )
-def test_options_of_no_use_from_python(tmp_path, options, said):
+def test_options_of_no_use(cli, tmp_path, options, said):
     """Before anything is fetched: there is no such repository."""
-    for call in (convert, select):
-        with pytest.raises(PruneAttnError, match=said):
-            call("nobody/nothing", tmp_path / "out", drop="1", **options)
+    assert said in cli("convert", "nobody/nothing", tmp_path / "out", *options, check=2).stderr
+    if "--seed" in options or "--samples" in options:
+        assert said in cli("select", "nobody/nothing", "-o", tmp_path / "plan.json", *options, check=2).stderr

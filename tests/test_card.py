@@ -15,9 +15,9 @@ import pytest
 from conftest import SHIPPED
 from huggingface_hub import ModelCard
 
-from export import convert, export, verify
 from export.card import update_card
 from export.licence import licence_notes, llama_licence
+from prune_attn import Drop, Layers, SavedPlan, WriteOptions, convert, export, verify
 from pruner import PruneAttnError
 
 THEIRS = """---
@@ -43,7 +43,7 @@ def snapshot(tmp_path: Path, repo_id: str = "meta-llama/Llama-2-5m-hf", card: st
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    convert(SHIPPED, tmp_path / "out", drop=4, dtype="float32")
+    convert(SHIPPED, tmp_path / "out", 4, options=WriteOptions(dtype="float32"))
     return tmp_path / "out"
 
 
@@ -63,7 +63,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_metadata(tmp_path):
     source = snapshot(tmp_path)
     (source / "LICENSE.txt").write_text("LLAMA 2 COMMUNITY LICENSE AGREEMENT")
-    convert(source, tmp_path / "out", drop="33%")
+    convert(source, tmp_path / "out", "33%")
     text = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(text).data.to_dict() == {
         "base_model": "meta-llama/Llama-2-5m-hf",
@@ -81,18 +81,18 @@ def test_metadata(tmp_path):
         assert said in text
     assert "licensed under the LLAMA 2" in (tmp_path / "out" / "NOTICE.txt").read_text()
     assert verify(tmp_path / "out", source).ok
-    convert(source, tmp_path / "again", drop="33%")
+    convert(source, tmp_path / "again", "33%")
     assert (tmp_path / "again" / "README.md").read_text() == text
     # pruned once more from where nothing tells of the Hub, it still derives from it
-    convert(tmp_path / "out", tmp_path / "twice", drop=1)
+    convert(tmp_path / "out", tmp_path / "twice", 1)
     data = ModelCard((tmp_path / "twice" / "README.md").read_text()).data
     assert data.base_model == "meta-llama/Llama-2-5m-hf"
     assert data.license == "llama2"
 
 
 def test_what_went_before_and_where_nothing_goes(tmp_path):
-    convert(SHIPPED, tmp_path / "once", layers="9")
-    convert(tmp_path / "once", tmp_path / "twice", layers="5")
+    convert(SHIPPED, tmp_path / "once", Layers("9"))
+    convert(tmp_path / "once", tmp_path / "twice", Layers("5"))
     text = (tmp_path / "twice" / "README.md").read_text()
     assert "█████░███░██" in text
     assert "attention removed at layers: 5, 9" in text
@@ -114,7 +114,7 @@ def test_without_anything_known(tmp_path, out):
         "",
     ):
         source = snapshot(tmp_path / str(abs(hash(damaged))), card=damaged)
-        convert(source, source / ".." / "out", drop=4, onnx=False)
+        convert(source, source / ".." / "out", 4, options=WriteOptions(graph=None))
         data = ModelCard((source / ".." / "out" / "README.md").read_text()).data.to_dict()
         assert set(data) == {"base_model", "library_name", "pipeline_tag", "tags"}
         assert "onnx" not in data["tags"]
@@ -138,7 +138,7 @@ def test_without_anything_known(tmp_path, out):
 )  # fmt: skip
 def test_what_is_carried_is_text(tmp_path, written, read):
     source = snapshot(tmp_path, card=f"---\n{written}\n---\n# x\n")
-    convert(source, tmp_path / "out", drop=4, onnx=False)
+    convert(source, tmp_path / "out", 4, options=WriteOptions(graph=None))
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
     carried = {k: v for k, v in card.data.to_dict().items() if k.startswith(("license", "language"))}
     assert carried == read
@@ -162,7 +162,8 @@ def test_a_hostile_card_costs_nothing(tmp_path):
             (source / "README.md").symlink_to("nowhere")
         program = (
             "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (30, 30)); "
-            "from export import convert; convert(*sys.argv[1:3], drop=4, onnx=False)\n"
+            "from prune_attn import WriteOptions, convert\n"
+            "convert(*sys.argv[1:3], 4, options=WriteOptions(graph=None))\n"
             "assert int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) < 500_000"
         )
         out = tmp_path / f"out{i}"
@@ -219,11 +220,11 @@ def test_names_in_the_card_are_escaped(tmp_path):
     source = tmp_path / name
     shutil.copytree(SHIPPED, source)
     (source / "README.md").write_text(f"---\nlicense: '{NASTY[:60]}'\n---\n".replace("\x1b", ""))
-    convert(source, tmp_path / "plan", drop=1)
+    convert(source, tmp_path / "plan", 1)
     plan = json.loads((tmp_path / "plan" / "pruning_plan.json").read_text())
     plan |= {"strategy": 9 * NASTY, "requested": 100_000 * NASTY}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    convert(source, tmp_path / "out", plan=tmp_path / "plan.json")
+    convert(source, tmp_path / "out", SavedPlan(tmp_path / "plan.json"))
     text = (tmp_path / "out" / "README.md").read_text()
     assert len(text) < 10_000
     assert text.replace("\n", "").isprintable()
@@ -235,27 +236,27 @@ def test_names_in_the_card_are_escaped(tmp_path):
 
 def test_what_does_not_load_it_is_not_recommended(tmp_path, make_llama):
     snippet = "\nprune-attn export model --gguf model.gguf\n"
-    convert(SHIPPED, tmp_path / "out", layers="0,5", allow_first_layer=True)
+    convert(SHIPPED, tmp_path / "out", Layers("0,5", allow_first_layer=True))
     text = (tmp_path / "out" / "README.md").read_text()
     assert "LLM(" not in text
     assert snippet in text
     assert "layer 0 has no attention" in text
-    convert(SHIPPED, tmp_path / "none", drop="100%", allow_all=True)
+    convert(SHIPPED, tmp_path / "none", Drop("100%", allow_all=True))
     text = (tmp_path / "none" / "README.md").read_text()
     assert "LLM(" not in text
     assert snippet not in text
     assert "no attention is left" in text
-    convert(SHIPPED, tmp_path / "plain", drop=4)
+    convert(SHIPPED, tmp_path / "plain", 4)
     text = (tmp_path / "plain" / "README.md").read_text()
     assert "LLM(model_id, trust_remote_code=True)" in text
     assert snippet in text
     assert "convert_hf_to_gguf.py" not in text
-    convert(make_llama(intermediate_size=200), tmp_path / "odd", layers="1", onnx=False)
+    convert(make_llama(intermediate_size=200), tmp_path / "odd", Layers("1"), options=WriteOptions(graph=None))
     text = (tmp_path / "odd" / "README.md").read_text()
     assert "LLM(model_id, trust_remote_code=True)" in text
     assert snippet not in text  # it has no tokenizer
     assert "no multiple of 256" in text
-    convert(SHIPPED, tmp_path / "blocks", drop=2, sublayer="block")
+    convert(SHIPPED, tmp_path / "blocks", Drop(2, sublayer="block"))
     text = (tmp_path / "blocks" / "README.md").read_text()
     assert "LLM(model_id)" in text
     assert "trust_remote_code" not in text

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHIPPED, edit_config, hub_snapshot, tree
+from conftest import SHIPPED, asked, edit_config, hub_snapshot, tree
 from oracle import greedy, ids, logits, original, pruned
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from export import convert, verify
+from prune_attn import Drop, Layers, WriteOptions, convert, verify
 from pruner import PruneAttnError, open_checkpoint
 
 
@@ -41,7 +41,7 @@ def test_command_drops_the_deepest_third(cli, shipped, tmp_path):
 
 def test_json_and_python_say_the_same(cli, shipped, tmp_path):
     told = json.loads(cli("convert", shipped, tmp_path / "a", "--drop", "4", "--json", check=0).stdout)
-    result = convert(shipped, tmp_path / "b", drop=4)
+    result = convert(shipped, tmp_path / "b", 4)
     assert told["after"] == result.after
     assert result.before["parameters"] == sum(t.numel() for t in all_tensors(shipped).values())
     assert result.after["parameters"] == sum(t.numel() for t in all_tensors(tmp_path / "b").values())
@@ -60,7 +60,7 @@ def test_files_that_come_along_and_that_do_not(shipped, tmp_path):
     for name in along + behind:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
-    convert(source, tmp_path / "out", drop=2)
+    convert(source, tmp_path / "out", 2)
     written = tree(tmp_path / "out")
     for name in [*along, "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"]:
         assert written[name] == (source / name).read_bytes()
@@ -89,7 +89,7 @@ SHAPES = {
 def test_logits_are_those_of_the_original_with_the_sublayers_off(make_llama, tmp_path, shape, case):
     source = make_llama(**SHAPES[shape])
     attention, mlp = CASES[case].get("attention", []), CASES[case].get("mlp", [])
-    convert(source, tmp_path / "out", max_shard_size="300KB", **CASES[case]["options"])
+    convert(source, tmp_path / "out", **asked(max_shard_size="300KB", **CASES[case]["options"]))
     assert verify(tmp_path / "out", source).ok
     for dtype in (torch.float32, torch.bfloat16):
         for implementation in ("eager", "sdpa"):
@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_original_with_the_sublayers_off(make_llama, tmp
     "options", [dict(drop=4), dict(layers="0,5", allow_first_layer=True), dict(drop=12, allow_all=True)]
 )
 def test_cached_generation_gives_the_uncached_tokens(shipped, tmp_path, options):
-    convert(shipped, tmp_path / "out", **options)
+    convert(shipped, tmp_path / "out", **asked(**options))
     model = pruned(tmp_path / "out")
     assert len([n for n, _ in model.named_parameters() if "q_proj" in n]) == 12 - len(
         convert_attention(tmp_path / "out")
@@ -123,7 +123,7 @@ def convert_attention(directory: Path) -> list[int]:
 
 
 def test_logits_of_cached_steps_are_close_to_the_uncached(shipped, tmp_path):
-    convert(shipped, tmp_path / "out", layers="0,3,11", allow_first_layer=True)
+    convert(shipped, tmp_path / "out", Layers("0,3,11", allow_first_layer=True))
     model, tokens = pruned(tmp_path / "out"), ids(2, 40, 4096)
     expected, cache, got = logits(model, tokens), None, []
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_logits_of_cached_steps_are_close_to_the_uncached(shipped, tmp_path):
 
 
 def test_save_pretrained_round_trips_and_compiles(shipped, tmp_path):
-    convert(shipped, tmp_path / "out", drop=4)
+    convert(shipped, tmp_path / "out", 4)
     model = pruned(tmp_path / "out")
     expected = logits(model, ids(1, 16, 4096))
     model.save_pretrained(tmp_path / "again", max_shard_size="4MB")
@@ -151,7 +151,7 @@ def test_register_makes_auto_classes_work_without_remote_code(shipped, tmp_path)
 
     import pruner
 
-    convert(shipped, tmp_path / "out", drop=4)
+    convert(shipped, tmp_path / "out", 4)
     pruner.register()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(model).__module__.startswith("pruner.")
@@ -188,7 +188,7 @@ ROPES = {
 def test_rope_is_carried_through_in_every_spelling(make_llama, tmp_path, rope):
     source = make_llama()
     edit_config(source, **ROPES[rope])
-    convert(source, tmp_path / "out", layers="2")
+    convert(source, tmp_path / "out", Layers("2"))
     model = pruned(tmp_path / "out")
     expected = logits(original(source, [2]), ids(1, 200))
     assert torch.equal(logits(model, ids(1, 200)), expected)
@@ -203,7 +203,7 @@ def test_rope_is_carried_through_in_every_spelling(make_llama, tmp_path, rope):
 
 
 def test_vocabulary_of_the_dialect(shipped, tmp_path):
-    convert(shipped, tmp_path / "out", layers="3,11")
+    convert(shipped, tmp_path / "out", Layers("3,11"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert [i for i, b in enumerate(config["block_configs"]) if b["attention"]["no_op"]] == [3, 11]
@@ -231,13 +231,13 @@ def test_engines_compute_the_mlp_width_back(shipped, hidden, intermediate):
 
 def test_odd_mlp_width_is_said_clearly(make_llama, tmp_path):
     source = make_llama(intermediate_size=200)
-    result = convert(source, tmp_path / "out", layers="1")
+    result = convert(source, tmp_path / "out", Layers("1"))
     assert any("256" in note for note in result.notes)
     assert torch.equal(logits(pruned(tmp_path / "out"), ids()), logits(original(source, [1]), ids()))
 
 
 def test_whole_blocks_give_a_plain_llama(shipped, tmp_path):
-    convert(shipped, tmp_path / "out", drop="25%", sublayer="block", strategy="keep-last")
+    convert(shipped, tmp_path / "out", Drop("25%", sublayer="block", strategy="keep-last"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 9)
     assert "auto_map" not in config
@@ -249,11 +249,11 @@ def test_whole_blocks_give_a_plain_llama(shipped, tmp_path):
 
 def test_pruning_further(shipped, tmp_path):
     a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    convert(shipped, a, drop=3)  # 9, 10, 11
-    result = convert(a, b, drop="25%")  # of the original's 12: three more
+    convert(shipped, a, 3)  # 9, 10, 11
+    result = convert(a, b, "25%")  # of the original's 12: three more
     assert result.plan.attention == (6, 7, 8)
     assert torch.equal(logits(pruned(b), ids(1, 32, 4096)), logits(original(shipped, range(6, 12)), ids(1, 32, 4096)))
-    result = convert(b, c, layers="10", sublayer="block")  # the attention went before; the MLP goes now
+    result = convert(b, c, Layers("10", sublayer="block"))  # the attention went before; the MLP goes now
     assert (result.plan.attention, result.plan.mlp) == ((), (10,))
     expected = logits(original(shipped, range(6, 12), [10]), ids(1, 32, 4096))
     assert torch.equal(logits(pruned(c), ids(1, 32, 4096)), expected)
@@ -263,18 +263,18 @@ def test_pruning_further(shipped, tmp_path):
     assert config["block_configs"][10]["ffn"]["no_op"]
     assert verify(c, b).ok
     with pytest.raises(PruneAttnError, match="layer 7 has no attention left"):
-        convert(b, tmp_path / "d", layers="7")
+        convert(b, tmp_path / "d", Layers("7"))
 
 
 def test_percentages_are_of_the_original_after_blocks_went(shipped, tmp_path):
-    convert(shipped, tmp_path / "a", drop="33%", sublayer="block")
+    convert(shipped, tmp_path / "a", Drop("33%", sublayer="block"))
     assert open_checkpoint(tmp_path / "a").decoder.num_layers == 8
-    assert convert(tmp_path / "a", tmp_path / "b", drop="33%", dry_run=True).plan.attention == (4, 5, 6, 7)
+    assert convert(tmp_path / "a", tmp_path / "b", "33%", dry_run=True).plan.attention == (4, 5, 6, 7)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtype_conversion_is_pytorchs(shipped, tmp_path, dtype):
-    convert(shipped, tmp_path / "out", drop=4, dtype=dtype)
+    convert(shipped, tmp_path / "out", 4, options=WriteOptions(dtype=dtype))
     source, output = all_tensors(shipped), all_tensors(tmp_path / "out")
     assert all(torch.equal(output[k], source[k].to(getattr(torch, dtype))) for k in output)
     assert verify(tmp_path / "out", shipped).ok
@@ -290,13 +290,13 @@ def test_overflow_is_refused_and_nothing_written(make_llama, tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = 1e6
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PruneAttnError, match=r"up_proj.*too large for float16"):
-        convert(source, tmp_path / "out", layers="1", dtype="float16")
+        convert(source, tmp_path / "out", Layers("1"), options=WriteOptions(dtype="float16"))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_hub_cache_snapshot_is_a_source_and_the_output_holds_real_files(shipped, tmp_path):
     snapshot = hub_snapshot(shipped, tmp_path / "models--someone--gutenberg")
-    convert(snapshot, tmp_path / "out", drop=4)
+    convert(snapshot, tmp_path / "out", 4)
     assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
     assert verify(tmp_path / "out", snapshot).ok
     plan = json.loads((tmp_path / "out" / "pruning_plan.json").read_text())
@@ -312,7 +312,7 @@ def test_old_rotary_buffers_go(shipped, tmp_path):
     for i in range(12):
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    convert(source, tmp_path / "out", drop=4)
+    convert(source, tmp_path / "out", 4)
     assert not any("inv_freq" in name for name in all_tensors(tmp_path / "out"))
     assert verify(tmp_path / "out", source).ok
 
@@ -323,7 +323,7 @@ def test_tokenizer_loads_where_only_the_model_type_named_it(shipped, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(shipped, source)
     (source / "tokenizer_config.json").unlink()
-    convert(source, tmp_path / "out", drop=4)
+    convert(source, tmp_path / "out", 4)
     text = "It was a dark and stormy night."
     expected = AutoTokenizer.from_pretrained(source)(text).input_ids
     assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)(text).input_ids == expected
@@ -331,7 +331,7 @@ def test_tokenizer_loads_where_only_the_model_type_named_it(shipped, tmp_path):
 
 def test_layout_on_disk(make_llama, tmp_path):
     source = make_llama(max_shard_size="200KB", attention_bias=True)
-    convert(source, tmp_path / "out", layers="2", max_shard_size="400KB")
+    convert(source, tmp_path / "out", Layers("2"), options=WriteOptions(max_shard_size="400KB"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2
@@ -360,7 +360,7 @@ def test_layout_on_disk(make_llama, tmp_path):
 
 def test_a_group_larger_than_a_shard_is_not_cut(make_llama, tmp_path):
     source = make_llama()
-    convert(source, tmp_path / "out", layers="2", max_shard_size="10KB")
+    convert(source, tmp_path / "out", Layers("2"), options=WriteOptions(max_shard_size="10KB"))
     for i in (0, 1, 3):
         where = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
         assert len({where[f"model.layers.{i}.self_attn.{n}_proj.weight"] for n in "qkv"}) == 1
@@ -373,7 +373,7 @@ def test_dry_run_writes_nothing(cli, shipped, tmp_path):
     )
     assert told["dry_run"]
     assert list(tmp_path.iterdir()) == []
-    result = convert(shipped, tmp_path / "out", drop=4)
+    result = convert(shipped, tmp_path / "out", 4)
     assert (
         told["shards"] == {f.name: f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")} == result.shards
     )
@@ -382,8 +382,8 @@ def test_dry_run_writes_nothing(cli, shipped, tmp_path):
 def test_one_layer(make_llama, tmp_path):
     source = make_llama(num_hidden_layers=1)
     with pytest.raises(PruneAttnError, match="--allow-all"):
-        convert(source, tmp_path / "out", drop=1)
-    convert(source, tmp_path / "out", drop=1, allow_all=True)
+        convert(source, tmp_path / "out", 1)
+    convert(source, tmp_path / "out", Drop(1, allow_all=True))
     assert torch.equal(logits(pruned(tmp_path / "out"), ids()), logits(original(source, [0]), ids()))
     assert torch.equal(
         greedy(pruned(tmp_path / "out"), ids(), 8), greedy(pruned(tmp_path / "out"), ids(), 8, use_cache=False)
@@ -411,7 +411,12 @@ def test_other_widths_are_offered_to_vllm(make_llama, tmp_path):
     from transformers import AutoConfig
 
     for width in (200, 256):
-        convert(make_llama(f"m{width}", intermediate_size=width), tmp_path / f"o{width}", layers="1", onnx=False)
+        convert(
+            make_llama(f"m{width}", intermediate_size=width),
+            tmp_path / f"o{width}",
+            Layers("1"),
+            options=WriteOptions(graph=None),
+        )
         config = AutoConfig.from_pretrained(tmp_path / f"o{width}", trust_remote_code=True)
         for ffn in (config.block_configs[1].ffn, pickle.loads(pickle.dumps(config.block_configs))[1].ffn):
             assert hasattr(ffn, "ffn_mult") == (width == 256)

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from export import convert, export
+from prune_attn import Layers, convert, export
 from pruner.names import GRAPH
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
@@ -98,7 +98,7 @@ def test_a_decode_step_can_be_a_cuda_graph(opened, make_llama, tmp_path):
         for layers in ("0,3", "0,1,2,3"):
             for last in (False, True):
                 directory = tmp_path / f"{name}-{layers}-{last}"
-                convert(source, directory, layers=layers, allow_all=True)
+                convert(source, directory, Layers(layers, allow_all=True))
                 export(directory, context=64, last_token_logits=last)
                 made[directory] = (SHAPES if layers == "0,3" or last else set()) | ({"ids.end"} if last else set())
     found = opened(*made)
@@ -110,7 +110,7 @@ def test_a_decode_step_can_be_a_cuda_graph(opened, make_llama, tmp_path):
 
 def test_a_copy_would_be_noticed(opened, make_llama, tmp_path):
     """That the test above can fail: Clip reads its bounds on the GPU, so one that comes from a shape is copied."""
-    convert(make_llama(dtype="float16"), tmp_path / "out", layers="1")
+    convert(make_llama(dtype="float16"), tmp_path / "out", Layers("1"))
     export(tmp_path / "out", last_token_logits=True)
     model = onnx.load(tmp_path / "out" / GRAPH, load_external_data=False)
     (node,) = (node for node in model.graph.node if node.name == "last_token.index")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import SHIPPED, TEXT
 
-from export import convert, export, push, verify
 from export.gguf import write_gguf
 from export.report.compare import report
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
+from prune_attn import Calibration, Drop, SavedPlan, convert, export, push, verify
 from pruner.errors import PruneAttnError
 from pruner.plan import parse_drop
 from pruner.summary import inspect
@@ -42,11 +42,11 @@ def home(tmp_path, monkeypatch):
 
 
 def test_home_in_quotes_from_python(home):
-    convert("~/model", "~/out", drop=4)
+    convert("~/model", "~/out", 4)
     assert verify("~/out", "~/model")
     small = {"samples": 2, "length": 16}
-    select("~/model", "~/plan.json", drop=4, strategy="similarity", text="~/text", **small)
-    assert convert("~/model", "~/planned", plan="~/plan.json").output == home / "planned"
+    select("~/model", 4, calibration=Calibration("~/text", "similarity", **small), output="~/plan.json")
+    assert convert("~/model", "~/planned", SavedPlan("~/plan.json")).output == home / "planned"
     export("~/model", "~/laid-out")
     export("~/laid-out")
     write_gguf("~/out", "~/out.gguf")
@@ -82,7 +82,7 @@ def test_inspect_offers_what_convert_takes(make_llama, cli, layers):
 
 
 def test_inspect_of_a_pruned_model_counts_shares_of_the_original(tmp_path, cli):
-    convert(SHIPPED, tmp_path / "out", drop=3, sublayer="block")
+    convert(SHIPPED, tmp_path / "out", Drop(3, sublayer="block"))
     shown = cli("inspect", tmp_path / "out", check=0).stdout
     assert re.search(r"(?m)^ *6 blocks ", shown)  # half of 12, not of the 9 that are left
     from pruner.checkpoint import open_checkpoint
@@ -99,24 +99,29 @@ def test_a_count_that_was_meant_as_a_percentage(tmp_path, cli):
         assert "did you mean 33%?" in cli(*args, check=2).stderr
     assert "did you mean" not in cli("convert", SHIPPED, tmp_path / "out", "--drop", "101", check=2).stderr
     with pytest.raises(PruneAttnError, match=r"did you mean 13%\?"):
-        convert(SHIPPED, tmp_path / "out", plan=convert(SHIPPED, tmp_path / "a", drop=4).plan, drop=13)
+        convert(SHIPPED, tmp_path / "out", SavedPlan(convert(SHIPPED, tmp_path / "a", 4).plan, 13))
 
 
 def test_a_plan_from_python(tmp_path, make_llama):
-    result = convert(SHIPPED, tmp_path / "a", drop=4)
-    again = convert(SHIPPED, tmp_path / "b", plan=result.plan)
+    result = convert(SHIPPED, tmp_path / "a", 4)
+    again = convert(SHIPPED, tmp_path / "b", SavedPlan(result.plan))
     assert again.plan == result.plan
     assert verify(tmp_path / "b", SHIPPED)
-    cut = convert(SHIPPED, tmp_path / "c", plan=result.plan, drop=2)
+    cut = convert(SHIPPED, tmp_path / "c", SavedPlan(result.plan, 2))
     assert set(cut.plan.attention) == set(result.plan.order[:2])
-    chosen = select(SHIPPED, tmp_path / "plan.json", drop=2, text=TEXT, strategy="similarity", samples=2, length=16)
-    convert(SHIPPED, tmp_path / "d", plan=chosen.plan)
+    chosen = select(
+        SHIPPED,
+        2,
+        output=tmp_path / "plan.json",
+        calibration=Calibration(TEXT, samples=2, length=16, strategy="similarity"),
+    )
+    convert(SHIPPED, tmp_path / "d", SavedPlan(chosen.plan))
     with pytest.raises(PruneAttnError, match="made for another model"):
-        convert(make_llama(num_hidden_layers=12), tmp_path / "e", plan=chosen.plan)
+        convert(make_llama(num_hidden_layers=12), tmp_path / "e", SavedPlan(chosen.plan))
 
 
 def test_a_verification_is_true_where_all_is_well(tmp_path):
-    convert(SHIPPED, tmp_path / "out", drop=4)
+    convert(SHIPPED, tmp_path / "out", 4)
     assert bool(verify(tmp_path / "out")) is True
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
     assert bool(verify(tmp_path / "out")) is False

@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, edit_config, tree
+from conftest import SHIPPED, asked, edit_config, tree
 from foreign import tensors, write_bin, write_meta
 from oracle import ids, logits, original
 
-from export import convert, verify
-from export.deliver import export
+from prune_attn import Layers, WriteOptions, convert, export, verify
 from pruner import PruneAttnError, open_checkpoint
 from pruner.checkpoint.load import load_tensor
 from pruner.checkpoint.pickled import read_pickled
@@ -72,9 +71,9 @@ def test_everything_works_as_with_safetensors(make_llama, tmp_path, shape, copy)
     }
     options = dict(layers="0", allow_all=True) if told["layers"] == 1 else dict(layers="1,3")
     for directory in (source, plain):
-        convert(directory, tmp_path / f"{directory.name}-pruned", **options, max_shard_size="300KB")
+        convert(directory, tmp_path / f"{directory.name}-pruned", **asked(**options, max_shard_size="300KB"))
     same(tensors(tmp_path / "source-pruned"), tensors(tmp_path / "plain-pruned"))
-    export(source, tmp_path / "exported", dtype="float32")
+    export(source, tmp_path / "exported", options=WriteOptions(dtype="float32"))
     same(tensors(tmp_path / "exported"), {k: v.float() for k, v in tensors(plain).items()})
     for output in ("source-pruned", "exported"):
         assert verify(tmp_path / output, source).ok
@@ -86,7 +85,7 @@ def test_everything_works_as_with_safetensors(make_llama, tmp_path, shape, copy)
 def test_verify_finds_one_changed_byte_in_another_format(make_llama, tmp_path):
     plain = make_llama()
     source = write_meta(plain, tmp_path / "source", 2)
-    convert(source, tmp_path / "out", layers="1")
+    convert(source, tmp_path / "out", Layers("1"))
     name = "model.layers.2.self_attn.q_proj.weight"
     place = open_checkpoint(tmp_path / "out").tensors[name]
     with open(place.path, "r+b") as file:
@@ -94,7 +93,7 @@ def test_verify_finds_one_changed_byte_in_another_format(make_llama, tmp_path):
         file.write(b"\x7f")
     assert name in verify(tmp_path / "out", source).problems[0]
     assert verify(tmp_path / "out", plain).problems  # other files than it was made from
-    convert(source, tmp_path / "out", layers="1", overwrite=True)
+    convert(source, tmp_path / "out", Layers("1"), options=WriteOptions(overwrite=True))
     with zipfile.ZipFile(source / "consolidated.01.pth") as archive:
         crc = archive.getinfo("consolidated.01/data/3").CRC.to_bytes(4, "little")
     part = (source / "consolidated.01.pth").read_bytes()
@@ -139,7 +138,7 @@ def test_tied_weights_are_written_once(make_llama, tmp_path):
     state = tensors(plain)
     save(source / "pytorch_model.bin", state | {"lm_head.weight": state["model.embed_tokens.weight"]})
     same(loaded(source), state)
-    convert(source, tmp_path / "out", layers="1")
+    convert(source, tmp_path / "out", Layers("1"))
     assert "lm_head.weight" not in tensors(tmp_path / "out")
 
 
@@ -172,7 +171,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(cli, shipped, tmp_path, 
     else:
         options = dict(pickle_protocol=protocol) if protocol else {}
         save(source / "pytorch_model.bin", value[where], _use_new_zipfile_serialization=not legacy, **options)
-    for call in (open_checkpoint, TorchLanguageModel, lambda path: convert(path, tmp_path / "out", drop=1)):
+    for call in (open_checkpoint, TorchLanguageModel, lambda path: convert(path, tmp_path / "out", 1)):
         with pytest.raises(PruneAttnError, match=r"pytorch_model\.bin: .*(posix\.system|is no PyTorch)") as error:
             call(source)
         assert "\n" not in str(error.value)
@@ -378,7 +377,8 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
     save(tmp_path / "source" / "pytorch_model.bin", state)
     del state
     program = (
-        "import sys; from export import convert; convert(sys.argv[1], sys.argv[2], drop=1, onnx=False);"
+        "import sys; from prune_attn import WriteOptions, convert;"
+        "convert(sys.argv[1], sys.argv[2], 1, options=WriteOptions(graph=None));"
         "assert 'torch' not in sys.modules;"
         "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)"
     )
@@ -394,7 +394,7 @@ def test_a_tokenizer_comes_with_it(shipped, tmp_path):
     source = write_meta(shipped, tmp_path / "llama" / "llama-2-5m")
     (source / "tokenizer.model").rename(tmp_path / "llama" / "tokenizer.model")  # where Meta's download.sh puts it
     (tmp_path / "llama" / "LICENSE").write_text("the licence")
-    convert(source, tmp_path / "out", drop=1)
+    convert(source, tmp_path / "out", 1)
     assert verify(tmp_path / "out", source).ok
     written = tree(tmp_path / "out")
     assert written["LICENSE"] == b"the licence"
@@ -411,7 +411,7 @@ def test_a_tokenizer_comes_with_it(shipped, tmp_path):
         open_checkpoint(source)
     (tmp_path / "llama" / "tokenizer.model").write_bytes((shipped / "tokenizer.model").read_bytes()[:5000])
     with pytest.raises(PruneAttnError, match=r"tokenizer\.model: is no tokenizer of a Llama 2"):
-        convert(source, tmp_path / "other", drop=1)
+        convert(source, tmp_path / "other", 1)
     assert not (tmp_path / "other").exists()
 
 
@@ -580,7 +580,7 @@ def test_a_slow_tokenizer_becomes_a_fast_one(tmp_path):
     source = slow_source(tmp_path, add_bos_token=False, add_eos_token=True, added_tokens_decoder={"4096": pad})
     (source / "added_tokens.json").write_text('{"<extra>": 4097, "[PAD]": 4096}')
     before = {p.name for p in source.iterdir()}
-    convert(source, tmp_path / "out", drop=4)
+    convert(source, tmp_path / "out", 4)
     assert {p.name for p in source.iterdir()} == before
     made = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     pieces = SentencePieceProcessor(model_file=str(SHIPPED / "tokenizer.model"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import SHIPPED
 
-from export import convert
 from export.generate import generate
+from prune_attn import WriteOptions, convert
 from pruner import PruneAttnError
 from pruner.prompt import PromptTokenizer
 from pruner.text import load_tokenizer
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Path:
-    convert(SHIPPED, output := tmp_path_factory.mktemp("generate") / "pruned", drop=4, dtype="float32")
+    convert(SHIPPED, output := tmp_path_factory.mktemp("generate") / "pruned", 4, options=WriteOptions(dtype="float32"))
     return output
 
 

@@ -12,9 +12,9 @@ from conftest import SHIPPED
 from safetensors.numpy import load_file
 from sentencepiece import SentencePieceProcessor
 
-from export import convert
 from export.cli.main import cli
 from export.gguf import write_gguf
+from prune_attn import Drop, Layers, WriteOptions, convert
 from pruner.errors import PruneAttnError
 
 
@@ -24,8 +24,8 @@ def read(path):
 
 
 def test_tensors_vocabulary_and_widths(tmp_path):
-    convert(SHIPPED, tmp_path / "pruned", layers="0,5", allow_first_layer=True)
-    convert(tmp_path / "pruned", tmp_path / "further", layers="3,11", sublayer="mlp", allow_first_layer=True)
+    convert(SHIPPED, tmp_path / "pruned", Layers("0,5", allow_first_layer=True))
+    convert(tmp_path / "pruned", tmp_path / "further", Layers("3,11", sublayer="mlp", allow_first_layer=True))
     write_gguf(tmp_path / "further", tmp_path / "m.gguf")
     fields, tensors = read(tmp_path / "m.gguf")
     source = load_file(SHIPPED / "model.safetensors")
@@ -54,7 +54,7 @@ def test_tensors_vocabulary_and_widths(tmp_path):
 
 
 def test_bfloat16_keeps_its_bytes(tmp_path):
-    convert(SHIPPED, tmp_path / "pruned", drop="33%", dtype="bfloat16", onnx=False)
+    convert(SHIPPED, tmp_path / "pruned", "33%", options=WriteOptions(dtype="bfloat16", graph=None))
     write_gguf(tmp_path / "pruned", tmp_path / "m.gguf")
     _, tensors = read(tmp_path / "m.gguf")
     kept = (tmp_path / "pruned" / "model.safetensors").read_bytes()
@@ -62,10 +62,10 @@ def test_bfloat16_keeps_its_bytes(tmp_path):
 
 
 def test_refusals_leave_nothing(tmp_path):
-    convert(SHIPPED, tmp_path / "every", drop="100%", allow_all=True)
+    convert(SHIPPED, tmp_path / "every", Drop("100%", allow_all=True))
     with pytest.raises(PruneAttnError, match="no attention is left"):
         write_gguf(tmp_path / "every", tmp_path / "m.gguf")
-    convert(SHIPPED, tmp_path / "pruned", drop="1")
+    convert(SHIPPED, tmp_path / "pruned", "1")
     (tmp_path / "pruned" / "tokenizer.model").rename(tmp_path / "elsewhere")
     with pytest.raises(PruneAttnError, match=r"tokenizer\.model: is missing"):
         write_gguf(tmp_path / "pruned", tmp_path / "m.gguf")
@@ -82,7 +82,7 @@ def test_refusals_leave_nothing(tmp_path):
 
 
 def test_a_full_disk_is_named_and_killed_runs_are_cleaned_up(tmp_path):
-    convert(SHIPPED, tmp_path / "pruned", drop="1")
+    convert(SHIPPED, tmp_path / "pruned", "1")
     left = tmp_path / ".m.gguf.prune-attn-new-0123456789ab"  # of a killed run
     left.mkdir()
     (left / "new.gguf").write_bytes(b"half")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import SHIPPED
 
-from export import convert, export, verify
+from prune_attn import Layers, WriteOptions, convert, export, verify
 from pruner import PruneAttnError
 
 
@@ -43,7 +43,7 @@ def test_a_config_is_bounded(source):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"id2label": "x" * (5 << 20)}))
     with pytest.raises(PruneAttnError, match=r"config\.json: is larger than"):
-        convert(source, source.parent / "out", drop=1)
+        convert(source, source.parent / "out", 1)
 
 
 ESCAPE = "[/x]\x1b]0;owned\x07\x9b2J\u202e"
@@ -209,9 +209,9 @@ def test_a_pruned_source_whose_plan_has_wrong_types(tmp_path):
     """Whatever its plan says, a directory is pruned once more, or refused by the plan's name."""
     hub = tmp_path / "models--o--n" / "snapshots" / ("0" * 40)
     shutil.copytree(SHIPPED, hub)
-    convert(hub, tmp_path / "once", layers="3", onnx=False)
+    convert(hub, tmp_path / "once", Layers("3"), options=WriteOptions(graph=None))
     twice = tmp_path / "twice"
-    convert(tmp_path / "once", twice, layers="5", onnx=False)
+    convert(tmp_path / "once", twice, Layers("5"), options=WriteOptions(graph=None))
     text = (twice / "pruning_plan.json").read_text()
     wrong = [None, 5, "x", [], {}, [[]], {"x": {}}, True, -1, "\\ud800"]
     tried = 0
@@ -223,7 +223,9 @@ def test_a_pruned_source_whose_plan_has_wrong_types(tmp_path):
         inner[place[-1]] = wrong[i % len(wrong)]
         (twice / "pruning_plan.json").write_text(json.dumps(record).replace("\\\\ud800", "\\ud800"))
         tried += 1
-        problem = refusal(lambda: convert(twice, tmp_path / "out", layers="7", onnx=False, overwrite=True))
+        problem = refusal(
+            lambda: convert(twice, tmp_path / "out", Layers("7"), options=WriteOptions(overwrite=True, graph=None))
+        )
         if problem is None:
             assert verify(tmp_path / "out", twice)
         else:

@@ -19,8 +19,8 @@ import pytest
 from conftest import SHIPPED, tree
 from hub_server import Fault, HubServer, Repo, sha256
 
-from export import convert
 from export.generate import generate
+from prune_attn import Revision, convert
 from pruner import PruneAttnError
 from pruner.hub.source import is_hub_id
 
@@ -194,7 +194,7 @@ def test_what_a_killed_card_left_is_cleared(hub, run, out):
 
 
 def test_push_that_is_killed_goes_on(hub, run, environment, tmp_path):
-    convert(SHIPPED, tmp_path / "out", drop=4)
+    convert(SHIPPED, tmp_path / "out", 4)
     large = sha256((tmp_path / "out" / "model.safetensors").read_bytes())
     for how in (signal.SIGTERM, signal.SIGKILL):
         hub.faults = [Fault(f"PUT /lfs/{large}/2", stall=1_000_000, times=9)]
@@ -224,7 +224,7 @@ def test_push_that_is_killed_goes_on(hub, run, environment, tmp_path):
 def test_select(hub, run, tmp_path):
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     words = ("--text", "text.txt", "--strategy", "similarity", "--samples", "2", "--length", "64", "-o", "plan.json")
-    run("select", "own/llama-2-5m", "--drop", "3", *words)
+    run("select", "own/llama-2-5m", "--drop", "3", "--quiet", *words)
     run("convert", "own/llama-2-5m", "out", "--plan", "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["source"]["hub"]["repo_id"] == "own/llama-2-5m"
 
@@ -446,7 +446,7 @@ def test_interrupted_pull(hub, run, environment, tmp_path):
 
 
 def test_generate_and_export(hub, run, tmp_path):
-    convert(SHIPPED, tmp_path / "first", drop=4)
+    convert(SHIPPED, tmp_path / "first", 4)
     run("push", "first", "user/pruned")
     said = json.loads(run("generate", "user/pruned", "--device", "cpu", "--prompt", "It was", "--json").stdout)
     assert said["tokens"] == generate(tmp_path / "first", "It was", device="cpu").tokens
@@ -461,7 +461,7 @@ def test_generate_and_export(hub, run, tmp_path):
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    convert(SHIPPED, tmp_path / "out", drop=4)
+    convert(SHIPPED, tmp_path / "out", 4)
     return tmp_path / "out"
 
 
@@ -628,8 +628,8 @@ def test_hub_ids():
 def test_in_python(hub, environment, tmp_path):
     """The same by functions."""
     code = (
-        "from export import convert, push\n"
-        "convert('own/llama-2-5m', 'out', drop=4, cache_dir='cache')\n"
+        "from prune_attn import Revision, convert, push\n"
+        "convert('own/llama-2-5m', 'out', 4, hub=Revision(cache_dir='cache'))\n"
         "print(push('out', 'user/llama-2-x').url)"
     )
     env = environment | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -638,4 +638,4 @@ def test_in_python(hub, environment, tmp_path):
     )
     assert done.stdout.startswith(hub.url)
     with pytest.raises(PruneAttnError, match="no Hub id"):
-        convert(SHIPPED, tmp_path / "x", drop=4, revision="main")
+        convert(SHIPPED, tmp_path / "x", 4, hub=Revision(revision="main"))

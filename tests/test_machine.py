@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, TEXT
+from conftest import SHIPPED, TEXT, asked
 
-from export import convert
 from export.generate import generate
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
+from prune_attn import WriteOptions, convert
 from pruner import machine
 from pruner.errors import PruneAttnError
 
@@ -22,7 +22,7 @@ from pruner.errors import PruneAttnError
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "out"
-    convert(SHIPPED, out, drop=4, dtype="float32")
+    convert(SHIPPED, out, 4, options=WriteOptions(dtype="float32"))
     return out
 
 
@@ -152,7 +152,7 @@ def test_select_refuses_to_go_on_with_other_threads(tmp_path, monkeypatch):
 
     def run(threads, resume=False, **more):
         options = {"text": TEXT, "samples": 2, "length": 16, "threads": threads, "resume": resume} | more
-        return select(SHIPPED, tmp_path / "plan.json", drop=2, **options)
+        return select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=2, **options))
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "extend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

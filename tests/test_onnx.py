@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import edit_config, hub_snapshot
+from conftest import asked, edit_config, hub_snapshot
 
-from export import convert, export, verify
 from export.generate import generate
 from export.onnx.runtime import open_on_cuda
 from export.onnx.session import OnnxSession
+from prune_attn import Drop, Layers, WriteOptions, convert, export, verify
 from pruner import PruneAttnError, open_checkpoint
 from pruner.checkpoint.config import read_decoder
 from pruner.model import TorchLanguageModel
@@ -53,7 +53,7 @@ def random_llama(directory: Path, dtype: str = "float32", shard: str = "5GB", **
 def converted(place: Path, fields: dict, options: dict) -> TorchLanguageModel:
     """``convert`` a random model of these fields to ``place / "out"``; PyTorch with the same sublayers switched off."""
     source = random_llama(place / "source", **fields)
-    convert(source, place / "out", **options)
+    convert(source, place / "out", **asked(**options))
     oracle, layers = TorchLanguageModel(source), open_checkpoint(place / "out").decoder
     oracle.switch_off(
         set(range(layers.num_layers)) - set(layers.present("attention")),
@@ -76,7 +76,7 @@ def difference(session, oracle, prompts, steps: int = 8) -> float:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("onnx") / "pruned"
-    convert(MODEL, output, layers=",".join(map(str, DROPPED)), dtype="float32")
+    convert(MODEL, output, Layers(",".join(map(str, DROPPED))), options=WriteOptions(dtype="float32"))
     return output
 
 
@@ -273,7 +273,7 @@ def test_shapes(tmp_path, fields, options):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_from_its_own_bytes(tmp_path, dtype, ids):
-    convert(MODEL, tmp_path / "out", layers="3,7,11", dtype=dtype)
+    convert(MODEL, tmp_path / "out", Layers("3,7,11"), options=WriteOptions(dtype=dtype))
     onnx.checker.check_model(tmp_path / "out" / GRAPH)
     if dtype == "bfloat16":
         with pytest.raises(PruneAttnError, match="bfloat16 does not run on the CPU"):
@@ -307,7 +307,7 @@ def plain(directory: Path):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("layers", ["3,7,11", "0-11"])
 def test_a_row_padded_on_the_left_has_nan_for_logits(tmp_path, ids, dtype, last_token_logits, layers):
-    convert(MODEL, tmp_path / "out", layers=layers, dtype=dtype, allow_all=True)
+    convert(MODEL, tmp_path / "out", Layers(layers, allow_all=True), options=WriteOptions(dtype=dtype))
     export(tmp_path / "out", last_token_logits=last_token_logits)
     run, prompts = plain(tmp_path / "out"), (ids[:7], ids[7:11], ids[:2])
     batch, mask = np.zeros((3, 7), np.int64), np.zeros((3, 7), np.int64)
@@ -334,7 +334,7 @@ def test_the_guard_changes_no_other_row_by_a_bit(tmp_path, monkeypatch, last_tok
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
     from bench_guard import run_guard_works
 
-    convert(MODEL, tmp_path / "out", drop=8)
+    convert(MODEL, tmp_path / "out", 8)
     assert run_guard_works(str(tmp_path / "out"), last_token_logits, False, "cpu") == {"wrong": []}
     bare = onnx.load(tmp_path / "out" / "bare.onnx", load_external_data=False)
     assert not [node.name for node in bare.graph.node if "guard" in node.name]
@@ -352,7 +352,7 @@ def test_no_last_token_beyond_the_context(tmp_path):
     """Where no attention is left to refuse it; in ONNX Runtime itself, since our session asks no such thing."""
     import onnxruntime
 
-    convert(random_llama(tmp_path / "source"), tmp_path / "out", layers="0,1,2,3", allow_all=True)
+    convert(random_llama(tmp_path / "source"), tmp_path / "out", Layers("0,1,2,3", allow_all=True))
     export(tmp_path / "out", context=4, last_token_logits=True)
     session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH, providers=["CPUExecutionProvider"])
     for tokens in (4, 5):
@@ -401,14 +401,14 @@ def test_the_graph_holds_no_weights_and_says_what_it_is(pruned):
 
 def test_a_long_context_takes_no_room(tmp_path):
     source = random_llama(tmp_path / "source", max_position_embeddings=131072)
-    convert(source, tmp_path / "out", layers="1")
+    convert(source, tmp_path / "out", Layers("1"))
     assert (tmp_path / "out" / GRAPH).stat().st_size < 100_000
 
 
 def test_export_into_an_output(tmp_path, ids):
     with pytest.raises(PruneAttnError, match="name an output"):
         export(MODEL)
-    result = export(MODEL, tmp_path / "out", dtype="float32", context=512)
+    result = export(MODEL, tmp_path / "out", context=512, options=WriteOptions(dtype="float32"))
     assert (result.packed, result.attention, result.context) == (12, 12, 512)
     assert verify(tmp_path / "out", MODEL).ok
     session = OnnxSession(tmp_path / "out")
@@ -433,12 +433,12 @@ def test_after_save_pretrained(copy, tmp_path, oracle, ids):
 
 def test_convert_without_torch(tmp_path):
     code = (
-        "import sys; from export import convert; convert(sys.argv[1], sys.argv[2], drop=4);"
+        "import sys; from prune_attn import convert; convert(sys.argv[1], sys.argv[2], drop=4);"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, MODEL, tmp_path / "out"], check=True)
     assert (tmp_path / "out" / GRAPH).exists()
-    convert(MODEL, tmp_path / "plain", drop=4, onnx=False)
+    convert(MODEL, tmp_path / "plain", 4, options=WriteOptions(graph=None))
     assert not (tmp_path / "plain" / GRAPH).exists()
 
 
@@ -452,10 +452,10 @@ def test_mixed_dtypes(tmp_path):
     with pytest.raises(PruneAttnError, match="--dtype float16"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    result = convert(source, tmp_path / "out", layers="1")
+    result = convert(source, tmp_path / "out", Layers("1"))
     assert any("no model.onnx" in note for note in result.notes)
     assert not (tmp_path / "out" / GRAPH).exists()
-    assert export(source, tmp_path / "mended", dtype="float16").packed == 4
+    assert export(source, tmp_path / "mended", options=WriteOptions(dtype="float16")).packed == 4
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_what_is_refused_is_refused_before_anything_is_copied(tmp_path, dtype, m
     (source / "README.md").write_text("---\nlicense: llama2\n---\n")  # whose notes come last
     monkeypatch.setattr(sys.modules["export.write"], "write_shards", lambda *_: pytest.fail("weights were copied"))
     with pytest.raises(PruneAttnError, match=r"--context 99999: .*source was made for 1 to 1024 tokens"):
-        export(source, tmp_path / "out", dtype=dtype, context=99999)
+        export(source, tmp_path / "out", context=99999, options=WriteOptions(dtype=dtype))
     assert not (tmp_path / "out").exists()
 
 
@@ -565,7 +565,7 @@ def test_save_pretrained_over_a_plain_output(tmp_path, how):
     from transformers import AutoModelForCausalLM
 
     if how == "whole blocks":
-        convert(MODEL, tmp_path / "out", drop=2, sublayer="block")
+        convert(MODEL, tmp_path / "out", Drop(2, sublayer="block"))
     else:
         export(MODEL, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
@@ -585,7 +585,7 @@ def test_save_pretrained_without_the_head(copy):
 
 
 def test_exports_at_the_same_time(copy):
-    program = "import sys; from export import export; export(sys.argv[1])"
+    program = "import sys; from prune_attn import export; export(sys.argv[1])"
     running = [
         subprocess.Popen([sys.executable, "-c", f"{program};" * 4 + "print('done')", copy], stdout=subprocess.PIPE)
         for _ in range(3)
@@ -596,7 +596,7 @@ def test_exports_at_the_same_time(copy):
 
 @pytest.mark.parametrize("index_too", [False, True])
 def test_swapped_shards_are_caught(tmp_path, index_too):
-    convert(MODEL, tmp_path / "out", layers="3", max_shard_size="6MB")
+    convert(MODEL, tmp_path / "out", Layers("3"), options=WriteOptions(max_shard_size="6MB"))
     first, second = sorted((tmp_path / "out").glob("*.safetensors"))
     first.rename(tmp_path / "moved"), second.rename(first), (tmp_path / "moved").rename(second)
     if index_too:  # the checkpoint then is whole again, and only the graph knows
@@ -706,7 +706,7 @@ def test_generate_takes_what_the_context_holds(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(MODEL, source)
     edit_config(source, max_position_embeddings=8192)
-    convert(source, tmp_path / "out", drop=2)
+    convert(source, tmp_path / "out", 2)
     said = generate(tmp_path / "out", TEXT * 210, new_tokens=3, device="cpu")
     assert said.prompt_tokens > 4096
     assert len(said.tokens) == 3
@@ -742,7 +742,7 @@ def test_errors(session, pruned, ids):
 
 
 def test_cuda_is_not_taken_for_granted(tmp_path):
-    convert(MODEL, tmp_path / "out", drop=4)
+    convert(MODEL, tmp_path / "out", 4)
     session = OnnxSession(tmp_path / "out")
     if session.device == "cuda":
         return

@@ -11,6 +11,7 @@ import torch
 
 from export.convert import convert
 from export.onnx.session import OnnxSession
+from prune_attn import Layers, WriteOptions
 from pruner.errors import PruneAttnError
 from pruner.evaluate.perplexity import score, sliding_windows
 from pruner.model import TorchLanguageModel
@@ -58,7 +59,7 @@ def test_the_recipe(shipped, text_ids, stride):
 
 
 def test_onnx_scores_the_same(shipped, tmp_path, text_ids):
-    convert(shipped, tmp_path / "pruned", layers="4,5", dtype="float32")
+    convert(shipped, tmp_path / "pruned", Layers("4,5"), options=WriteOptions(dtype="float32"))
     windows = sliding_windows(text_ids(300), length=128, stride=64, bos_id=1)
     a = score(TorchLanguageModel(tmp_path / "pruned"), windows)
     b = score(OnnxSession(tmp_path / "pruned", device="cpu"), windows)

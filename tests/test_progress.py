@@ -9,13 +9,13 @@ import sys
 import time
 
 import pytest
-from conftest import SHIPPED, TEXT
+from conftest import SHIPPED, TEXT, asked
 
-from export import convert
 from export.cli import bars
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
+from prune_attn import WriteOptions, convert
 from pruner.progress import Stages, Step, keeping
 
 SMALL = {"text": TEXT, "samples": 8, "length": 16}
@@ -26,17 +26,17 @@ QUICK = {"only": "same-function,latency", "backend": "torch", "dtype": "float32"
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "out"
-    convert(SHIPPED, out, drop=4, dtype="float32")
+    convert(SHIPPED, out, 4, options=WriteOptions(dtype="float32"))
     return out
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """The original as the pruned one was converted."""
-    from export import export
+    from prune_attn import export
 
     out = tmp_path_factory.mktemp("wide") / "out"
-    export(SHIPPED, out, dtype="float32")
+    export(SHIPPED, out, options=WriteOptions(dtype="float32"))
     return out
 
 
@@ -99,7 +99,7 @@ def test_stages_are_one_whole():
 
 def test_the_passes_of_select_have_their_names(tmp_path):
     seen = Seen()
-    select(SHIPPED, tmp_path / "plan.json", drop=2, progress=seen, **SMALL)
+    select(SHIPPED, output=tmp_path / "plan.json", progress=seen, **asked(drop=2, **SMALL))
     assert seen.whats() == ["running the original", "choosing"]
     assert seen[0].done == 0
     assert seen[0].total == 12  # layers
@@ -126,28 +126,28 @@ def notes(work):
 def test_what_a_stopped_select_kept(tmp_path):
     plan, partial = tmp_path / "plan.json", tmp_path / "plan.partial.json"
     first = Seen(lambda step: step.what == "running the original" and step.done > 3)
-    assert notes(lambda: select(SHIPPED, plan, drop=2, progress=first, **SMALL)) == "nothing was kept"
+    assert notes(lambda: select(SHIPPED, output=plan, progress=first, **asked(drop=2, **SMALL))) == "nothing was kept"
     assert not partial.exists()
     later = Seen(lambda step: step.status.startswith("1 dropped"))
-    told = notes(lambda: select(SHIPPED, plan, drop=2, progress=later, **SMALL))
+    told = notes(lambda: select(SHIPPED, output=plan, progress=later, **asked(drop=2, **SMALL)))
     assert told == f"what was computed is kept in {partial}; --resume goes on from there"
     kept = json.loads(partial.read_text())["known"]
     assert len(kept) > 2
-    whole = select(SHIPPED, tmp_path / "other.json", drop=2, **SMALL)
-    assert select(SHIPPED, plan, drop=2, resume=True, **SMALL).plan == whole.plan
+    whole = select(SHIPPED, output=tmp_path / "other.json", **asked(drop=2, **SMALL))
+    assert select(SHIPPED, output=plan, **asked(drop=2, resume=True, **SMALL)).plan == whole.plan
 
 
 def test_what_a_stopped_convert_kept(tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.plan.partial.json"
     writing = Seen(lambda step: step.what == "writing")
-    told = notes(lambda: convert(SHIPPED, out, drop=2, progress=writing, **SMALL))
+    told = notes(lambda: convert(SHIPPED, out, progress=writing, **asked(drop=2, **SMALL)))
     assert f"kept in {partial}" in told
     assert partial.exists()
     assert not out.exists()
     dry = Seen(lambda step: step.status.startswith("1 dropped"))
-    told = notes(lambda: convert(SHIPPED, tmp_path / "dry", drop=2, dry_run=True, progress=dry, **SMALL))
+    told = notes(lambda: convert(SHIPPED, tmp_path / "dry", dry_run=True, progress=dry, **asked(drop=2, **SMALL)))
     assert told == "nothing was kept"
-    convert(SHIPPED, out, drop=2, resume=True, **SMALL)
+    convert(SHIPPED, out, **asked(drop=2, resume=True, **SMALL))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

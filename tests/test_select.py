@@ -14,15 +14,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import SHIPPED
+from conftest import SHIPPED, asked
 from safetensors.torch import load_file, save_file
 
-from export import convert
-from export.select import select as save_selection
+from export.select import select
+from prune_attn import Drop, Layers, SavedPlan, WriteOptions, convert
 from pruner import PruneAttnError, open_checkpoint
 from pruner.plan import PruningPlan
 from pruner.plan_files import read_plan
-from pruner.select.choose import select, selection
+from pruner.select.choose import choose
 from pruner.select.evaluator import Evaluator
 from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
 from pruner.select.sampling import windows
@@ -30,6 +30,12 @@ from pruner.select.search import search
 from pruner.text import load_tokenizer, read_text
 
 TEXT = SHIPPED.parent / "calibration.txt"
+
+
+def selected(source: Path, **options: object) -> PruningPlan:
+    return choose(open_checkpoint(source), **asked(**options)).plan
+
+
 SMALL = {"text": TEXT, "samples": 10, "length": 32}
 
 
@@ -45,7 +51,7 @@ def evaluator(ids) -> Evaluator:
 
 @pytest.fixture(scope="module")
 def searched() -> PruningPlan:
-    return select(SHIPPED, drop=4, strategy="search", **SMALL)
+    return selected(SHIPPED, drop=4, strategy="search", **SMALL)
 
 
 def plain_losses(directory, ids, sublayer, dropped, dtype=torch.float32) -> tuple[float, float]:
@@ -98,7 +104,7 @@ def test_similarity_is_llm_drops(ids):
             )
         )
     oracle.logits(model, torch.from_numpy(ids))
-    plan = select(SHIPPED, drop=4, strategy="similarity", text=TEXT, samples=10, length=64)
+    plan = selected(SHIPPED, drop=4, strategy="similarity", text=TEXT, samples=10, length=64)
     assert plan.selection["scores"] == pytest.approx([got[i] for i in plan.order], abs=1e-5)
     assert list(plan.order) == sorted(range(1, 12), key=lambda i: (got[i], -i))
 
@@ -134,8 +140,8 @@ def test_unseen_text(tmp_path):
     (tmp_path / "seen.txt").write_text(text[: len(text) // 2])
     (tmp_path / "unseen.txt").write_text(text[len(text) // 2 :])
     options = {"text": tmp_path / "seen.txt", "samples": 16, "length": 128}
-    plans = {name: select(SHIPPED, drop=6, strategy=name, **options) for name in ("similarity", "search")}
-    plans["last"] = select(SHIPPED, drop=6, strategy="last")
+    plans = {name: selected(SHIPPED, drop=6, strategy=name, **options) for name in ("similarity", "search")}
+    plans["last"] = choose(open_checkpoint(SHIPPED), Drop(6, strategy="last")).plan
     checkpoint = open_checkpoint(SHIPPED)
     other = windows(read_text(tmp_path / "unseen.txt", load_tokenizer(SHIPPED)).ids, 24, 128, 0)
     unseen = Evaluator(checkpoint, other, sublayer="attention", objective="ce")
@@ -149,7 +155,7 @@ def test_unseen_text(tmp_path):
 def test_search_beats_similarity_on_unseen_text():
     """A third of the MLPs: 23 to 24% lower at seeds 0 to 2, at least 17% on each eighth of 64 windows."""
     options = {"drop": 4, "sublayer": "mlp", "text": TEXT, "samples": 10, "length": 64}
-    sets = [frozenset(select(SHIPPED, strategy=name, **options).mlp) for name in ("similarity", "search")]
+    sets = [frozenset(selected(SHIPPED, strategy=name, **options).mlp) for name in ("similarity", "search")]
     ids = windows(read_text(TEXT.parent / "austen-test.txt", load_tokenizer(SHIPPED)).ids, 16, 64, 0)
     evaluator = Evaluator(open_checkpoint(SHIPPED), ids, sublayer="mlp", objective="ce")
     evaluator.losses(sets)
@@ -171,7 +177,7 @@ def test_equal_layers_go_deeper_first(make_llama, tmp_path):
 
 
 def test_the_plan_serves_every_fraction_and_is_the_same_again(searched, tmp_path):
-    saved = save_selection(SHIPPED, tmp_path / "plan.json", drop=4, **SMALL)
+    saved = select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=4, **SMALL))
     assert saved.plan == searched
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     facts = json.loads((tmp_path / "plan.json").read_text())["selection"]
@@ -181,13 +187,13 @@ def test_the_plan_serves_every_fraction_and_is_the_same_again(searched, tmp_path
     checkpoint = open_checkpoint(SHIPPED)
     assert read_plan(tmp_path / "plan.json", checkpoint) == searched
     for n in (1, 3, 8):
-        made = convert(SHIPPED, tmp_path / "out", plan=tmp_path / "plan.json", drop=n, dry_run=True).plan
+        made = convert(SHIPPED, tmp_path / "out", SavedPlan(tmp_path / "plan.json", n), dry_run=True).plan
         assert len(made.attention) == n
     # into folders that are not there yet; of what was computed nothing stays
-    assert convert(SHIPPED, tmp_path / "new" / "folders" / "out", drop=4, **SMALL).plan == searched
+    assert convert(SHIPPED, tmp_path / "new" / "folders" / "out", **asked(drop=4, **SMALL)).plan == searched
     assert [path.name for path in (tmp_path / "new" / "folders").iterdir()] == ["out"]
     with pytest.raises(PruneAttnError, match="exists"):
-        save_selection(SHIPPED, tmp_path / "plan.json", drop=4)
+        select(SHIPPED, 4, output=tmp_path / "plan.json")
 
 
 def test_sets_that_are_not_nested(tmp_path):
@@ -207,12 +213,14 @@ def test_sets_that_are_not_nested(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pruner.select.choose import selection
+from prune_attn import Calibration, open_checkpoint
+from pruner.select.choose import choose
 partial = Path(sys.argv[3])
 def progress(step):
     if partial.exists() and step.status.startswith("2 dropped"):
         os.kill(os.getpid(), signal.SIGKILL)
-selection(sys.argv[1], drop=4, text=sys.argv[2], samples=10, length=32, partial=partial, progress=progress)
+calibration = Calibration(sys.argv[2], samples=10, length=32)
+choose(open_checkpoint(sys.argv[1]), 4, calibration, partial=partial, progress=progress)
 """
 
 
@@ -221,19 +229,19 @@ def test_killed_and_resumed(searched, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, SHIPPED, TEXT, partial], check=False)
     assert done.returncode == -signal.SIGKILL
     with pytest.raises(PruneAttnError, match="--resume"):
-        save_selection(SHIPPED, tmp_path / "plan.json", drop=4, **SMALL)
+        select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=4, **SMALL))
     with pytest.raises(PruneAttnError, match="made with another seed"):
-        save_selection(SHIPPED, tmp_path / "plan.json", drop=4, resume=True, seed=1, **SMALL)
-    whole = selection(SHIPPED, drop=4, **SMALL).cost
-    resumed = save_selection(SHIPPED, tmp_path / "plan.json", drop=4, resume=True, **SMALL)
+        select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=4, resume=True, seed=1, **SMALL))
+    whole = choose(open_checkpoint(SHIPPED), **asked(drop=4, **SMALL)).cost
+    resumed = select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=4, resume=True, **SMALL))
     assert resumed.plan == searched
     assert resumed.cost["layer_evaluations"] < whole["layer_evaluations"]
     assert not partial.exists()
 
 
 def test_a_pruned_source(searched, tmp_path):
-    convert(SHIPPED, tmp_path / "out", layers=[7], onnx=False)
-    plan = select(tmp_path / "out", drop=2, **SMALL)
+    convert(SHIPPED, tmp_path / "out", Layers([7]), options=WriteOptions(graph=None))
+    plan = selected(tmp_path / "out", drop=2, **SMALL)
     assert 7 not in plan.order
     assert 0 not in plan.order
 
@@ -263,7 +271,7 @@ def test_bad_input(tmp_path, options, match):
     if isinstance(options["text"], str):
         options["text"] = tmp_path / options["text"]
     with pytest.raises(PruneAttnError, match=match) as error:
-        select(SHIPPED, **options)
+        selected(SHIPPED, **options)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
 

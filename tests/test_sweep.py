@@ -19,9 +19,9 @@ import torch
 from conftest import SHIPPED, tree
 from transformers import AutoTokenizer
 
-from export import convert
 from export.sweep import sweep
 from export.sweep.table import within_noise
+from prune_attn import SavedPlan, convert
 from pruner import PruneAttnError
 from pruner.model import TorchLanguageModel
 
@@ -85,7 +85,7 @@ def test_the_table_against_plain_pytorch(tmp_path):
     assert not (tmp_path / "out" / "speed.png").exists()
     assert not (tmp_path / "out.partial").exists()
     plan = tmp_path / "out" / "plans" / "attention-keep-last.json"
-    assert convert(SHIPPED, tmp_path / "pruned", plan=plan, drop="25%").plan.attention == (8, 9, 10)
+    assert convert(SHIPPED, tmp_path / "pruned", SavedPlan(plan, "25%")).plan.attention == (8, 9, 10)
 
 
 @pytest.mark.parametrize(("attention", "mlp"), [((8, 9, 11), ()), ((), (0, 5)), ((3, 4), (3, 4)), (range(12), (2,))])

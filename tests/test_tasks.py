@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prune_attn import WriteOptions
 from pruner import PruneAttnError
 from pruner.errors import MachineError
 from pruner.evaluate import tasks
@@ -30,11 +31,11 @@ def torch_model() -> TorchLanguageModel:
 
 @pytest.fixture(scope="module")
 def onnx_model(tmp_path_factory):
-    from export import export
     from export.onnx.session import OnnxSession
+    from prune_attn import export
 
     output = tmp_path_factory.mktemp("tasks") / "onnx"
-    export(MODEL, output, dtype="float32")
+    export(MODEL, output, options=WriteOptions(dtype="float32"))
     return OnnxSession(output, device="cpu")
 
 
@@ -148,10 +149,10 @@ def test_end_of_text_stops_a_row(tokenizer):
 
 
 def test_last_token_graph_is_refused(tmp_path, tokenizer):
-    from export import export
     from export.onnx.session import OnnxSession
+    from prune_attn import export
 
-    export(MODEL, tmp_path / "last", dtype="float32", last_token_logits=True)
+    export(MODEL, tmp_path / "last", last_token_logits=True, options=WriteOptions(dtype="float32"))
     with pytest.raises(PruneAttnError, match="without --last-token-logits"):
         run_tasks(lambda: OnnxSession(tmp_path / "last", device="cpu"), tokenizer, "cloze", limit=1)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import SHIPPED, TEXT
+from conftest import SHIPPED, TEXT, asked
 from safetensors.torch import load_file, save_file
 
 import export.cli.convert
 import export.cli.main
-from export import convert
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
+from prune_attn import Calibration, Layers, WriteOptions, convert
 from pruner import PruneAttnError
 from pruner.select.evaluator import Evaluator
 from pruner.select.exhaustive import exhaustive
@@ -109,9 +109,9 @@ def test_what_holds_no_text_is_refused(tmp_path, name, data, field, match):
 
 def test_no_file_and_folders_are_refused(tmp_path):
     with pytest.raises(PruneAttnError, match="no text file is named"):
-        select(SHIPPED, tmp_path / "plan.json", drop=1, text=[])
+        select(SHIPPED, 1, output=tmp_path / "plan.json", calibration=Calibration([]))
     with pytest.raises(PruneAttnError, match="one by one"):
-        select(SHIPPED, tmp_path / "plan.json", drop=1, text=tmp_path)
+        select(SHIPPED, 1, output=tmp_path / "plan.json", calibration=Calibration(tmp_path))
 
 
 def test_several_texts_and_a_field_at_the_command_line(texts, tmp_path):
@@ -137,7 +137,7 @@ def test_sweep_and_validate_read_json_lines(texts, tmp_path):
     assert (made.setting["text"]["sha256"], made.setting["text"]["bytes"]) == (known, len(PLAIN.encode()))
     with pytest.raises(PruneAttnError, match="is the calibration text too"):
         sweep(SHIPPED, tmp_path / "t", text=[texts / "data.jsonl", TEXT], calibration=texts / "plain.txt", rounds=0)
-    pruned = convert(SHIPPED, tmp_path / "pruned", layers=[2], onnx=False).output
+    pruned = convert(SHIPPED, tmp_path / "pruned", Layers([2]), options=WriteOptions(graph=None)).output
     measured = validate(SHIPPED, pruned, tmp_path / "r", **options, only="accuracy", backend="torch").results
     measured = measured["accuracy"]["torch"]
     assert measured["text"]["sha256"] == known
@@ -164,7 +164,7 @@ def measured(monkeypatch):
 def test_text_is_always_the_calibration_text(measured, texts, tmp_path):
     small = ("--samples", 8, "--length", 16)
     text, other = ("--text", texts / "plain.txt"), ("--validation-text", texts / "first.txt")
-    by_text = convert(SHIPPED, tmp_path / "o", drop=2, text=texts / "plain.txt", **SMALL, dry_run=True).plan
+    by_text = convert(SHIPPED, tmp_path / "o", dry_run=True, **asked(drop=2, text=texts / "plain.txt", **SMALL)).plan
     assert by_text.attention != (10, 11)
     for i, (args, chosen, validated) in enumerate((
         (("--drop", 2, *text, *small), by_text.attention, None),
@@ -205,7 +205,7 @@ def test_texts_that_do_not_fit_are_refused_before_anything_is_written(measured, 
 
 
 def test_without_a_text_to_measure_on_the_report_says_so(tmp_path):
-    pruned = convert(SHIPPED, tmp_path / "pruned", layers=[2], onnx=False).output
+    pruned = convert(SHIPPED, tmp_path / "pruned", Layers([2]), options=WriteOptions(graph=None)).output
     results = validate(SHIPPED, pruned, backend="torch", only="same-function").results
     assert results["same_function"]["ok"]
     assert not results["accuracy"]
@@ -220,7 +220,7 @@ def test_a_choice_by_depth_alone_is_noted(texts, tmp_path):
         assert "--text general" in command("convert", SHIPPED, tmp_path / "out", *args, "--dry-run").stdout
     assert "--text general" in command("select", SHIPPED, "--drop", 2, "-o", tmp_path / "p.json").stdout
     for args in (dict(layers=[2]), dict(plan=tmp_path / "p.json"), dict(drop=2, text=texts / "plain.txt", **SMALL)):
-        assert not any("--text general" in note for note in convert(SHIPPED, "o", dry_run=True, **args).notes)
+        assert not any("--text general" in note for note in convert(SHIPPED, "o", dry_run=True, **asked(**args)).notes)
 
 
 def test_general_comes_along_and_says_what_it_is(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_general_comes_along_and_says_what_it_is(tmp_path, monkeypatch):
     assert text.sha256 in sources
     for kind in ("prose", "dialogue", "questions and answers", "source code"):
         assert f"| {kind} |" in sources
-    plan = select(SHIPPED, tmp_path / "plan.json", drop=2, text="general", **SMALL).plan
+    plan = select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=2, text="general", **SMALL)).plan
     assert plan.selection["calibration"]["text"] == "general"
     assert read_text("./general", load_tokenizer(SHIPPED)).bytes < 100
 
@@ -263,7 +263,7 @@ def test_select_names_the_tensor(broken, tmp_path, value, strategy):
     name = "model.layers.4.self_attn.o_proj.weight"
     source = broken(name, value)
     with pytest.raises(PruneAttnError, match=rf"model\.safetensors: {name} holds (NaN|infinity)"):
-        select(source, tmp_path / "plan.json", drop=2, strategy=strategy, text=TEXT, **SMALL)
+        select(source, output=tmp_path / "plan.json", **asked(drop=2, strategy=strategy, text=TEXT, **SMALL))
     assert not (tmp_path / "plan.json").exists()
 
 
@@ -272,7 +272,7 @@ def test_validate_and_sweep_name_the_tensor(broken, tmp_path):
     source = broken(name, float("nan"))
     with pytest.raises(PruneAttnError, match=name):
         sweep(source, tmp_path / "s", text=TEXT, fractions="2", window=64, limit=1, rounds=0)
-    pruned = convert(source, tmp_path / "pruned", drop=2, onnx=False).output
+    pruned = convert(source, tmp_path / "pruned", 2, options=WriteOptions(graph=None)).output
     with pytest.raises(PruneAttnError, match=name):
         validate(source, pruned, only="accuracy", text=TEXT, backend="torch", window=64, max_tokens=640)
 
@@ -302,7 +302,7 @@ def test_a_model_that_overflows_is_told_so(make_llama, tmp_path):
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     for strategy in ("similarity", "search"):
         with pytest.raises(PruneAttnError, match="not a number in float32: values overflow"):
-            select(source, tmp_path / "plan.json", drop=1, strategy=strategy, text=TEXT, **SMALL)
+            select(source, output=tmp_path / "plan.json", **asked(drop=1, strategy=strategy, text=TEXT, **SMALL))
 
 
 def test_evaluator_gives_no_nan(broken):

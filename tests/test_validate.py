@@ -20,6 +20,7 @@ from export.report.compare import report
 from export.report.for_card import card_section, eval_results
 from export.validate.parts import FOLDER
 from export.validate.run import validate
+from prune_attn import Layers, WriteOptions
 from pruner.errors import PruneAttnError
 from pruner.evaluate import agreement, bootstrap
 from pruner.model import TorchLanguageModel
@@ -34,7 +35,7 @@ QUICK = dict(window=128, stride=64, max_tokens=1024, batch="1,2", prompt="16,32"
 def pair(tmp_path_factory):
     """(original, pruned), the whole validation of them, done once."""
     directory = tmp_path_factory.mktemp("validate") / "pruned"
-    convert(conftest.SHIPPED, directory, layers=LAYERS, dtype="float32")
+    convert(conftest.SHIPPED, directory, Layers(LAYERS), options=WriteOptions(dtype="float32"))
     return conftest.SHIPPED, directory, validate(conftest.SHIPPED, directory, text=conftest.TEXT, **QUICK)
 
 

@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED, edit_config
+from conftest import SHIPPED, asked, edit_config
 
-from export import convert, verify
+from prune_attn import WriteOptions, convert, verify
 from pruner import PruneAttnError, open_checkpoint
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    convert(SHIPPED, tmp_path / "out", drop=4, max_shard_size="4MB")
+    convert(SHIPPED, tmp_path / "out", 4, options=WriteOptions(max_shard_size="4MB"))
     return tmp_path / "out"
 
 
@@ -80,7 +80,7 @@ def test_config_code_and_plan(out):
     code = out / "modeling_pruned_llama.py"
     code.write_text(code.read_text() + "\nimport os\n")
     found(out, "do not trust it")
-    convert(SHIPPED, out, drop=4, overwrite=True)
+    convert(SHIPPED, out, 4, options=WriteOptions(overwrite=True))
     record = json.loads((out / "pruning_plan.json").read_text())
     record["result"]["attention"].append(11)
     (out / "pruning_plan.json").write_text(json.dumps(record))
@@ -117,7 +117,7 @@ def test_what_does_not_belong_there(out):
         with open(out / name, "ab") as file:
             file.write(b" ")
         found(out, name)
-        convert(SHIPPED, out, drop=4, max_shard_size="4MB", overwrite=True)
+        convert(SHIPPED, out, 4, options=WriteOptions(max_shard_size="4MB", overwrite=True))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_pruned_again_and_again(tmp_path, steps):
     """Against the first original and against what lay between, byte for byte; a wrong one is found."""
     places = [SHIPPED, *(tmp_path / str(i) for i in range(len(steps)))]
     for before, after, options in zip(places, places[1:], steps, strict=False):
-        convert(before, after, onnx=False, **options)
+        convert(before, after, **asked(onnx=False, **options))
     out = places[-1]
     for place in places[:-1]:
         result = verify(out, place)

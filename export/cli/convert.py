@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import Any
 
 import click
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, TEXTS, given
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, TEXTS
+from export.cli.requests import take_calibration, take_request, take_revision
 from export.cli.show import echo, make_table, print_json, show_push
 from export.cli.validate import run_validation
 from pruner.errors import PruneAttnError
 from pruner.progress import format_bytes, keeping
-from pruner.select.request import check_useful
 
 
 @click.command()
@@ -57,6 +58,8 @@ def convert(
 ) -> None:
     """Write SOURCE, a directory or a Hub id, to OUTPUT with sublayers physically removed."""
     from export.convert import convert
+    from export.layout import WriteOptions
+    from export.onnx import GraphOptions
 
     field = options["text_field"]
     if then_validate:
@@ -70,11 +73,17 @@ def convert(
         raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
     threads = options["threads"]
     if then_validate and options["text"] is None:  # these are for the measuring alone
-        options["threads"] = None
-        options["text_field"] = None if validation_text else field
-    check_useful(options, lambda name: given(name) and options[name] is not None)
+        del options["threads"]
+        if validation_text:
+            del options["text_field"]
+    hub, dry_run = take_revision(options), options.pop("dry_run")
+    calibration = take_calibration(options, options["strategy"])
+    drop = take_request(options, calibration is not None)
+    write = WriteOptions(graph=GraphOptions() if options.pop("onnx") else None, **options)
     with show_progress(quiet) as progress:
-        result = convert(source, output, progress=progress, **options)
+        result = convert(
+            source, output, drop, calibration=calibration, options=write, hub=hub, dry_run=dry_run, progress=progress
+        )
     if as_json:
         print_json(result.to_json())
         return
@@ -100,8 +109,8 @@ def convert(
         "nothing was written; run it without --dry-run"
         if result.dry_run
         else f"next: prune-attn verify {quoted_output} --against {quoted_source}"
-        + (f" --revision {shlex.quote(options['revision'])}" if options["revision"] else "")
-        + (f" --cache-dir {shlex.quote(options['cache_dir'])}" if options["cache_dir"] else "")
+        + (f" --revision {shlex.quote(hub.revision)}" if hub.revision else "")
+        + (f" --cache-dir {shlex.quote(os.fspath(hub.cache_dir))}" if hub.cache_dir else "")
     )
     echo(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), following)
     for pushed in result.pushed:

@@ -9,6 +9,7 @@ import click
 
 from export.cli.bars import show_progress
 from export.cli.options import CACHE, JSON, PATH, QUIET, REVISION, given, takes_only
+from export.cli.requests import take, take_revision
 from export.cli.show import echo, print_json, say
 from pruner.errors import PruneAttnError
 from pruner.progress import format_bytes
@@ -48,11 +49,15 @@ def export(directory: str, output: str | None, as_json: bool, quiet: bool, gguf:
             say(f"{gguf}: {format_bytes(written['bytes'])}; next: llama-completion -m {shlex.quote(gguf)}")
         return
     from export.deliver import export
+    from export.layout import WriteOptions
 
-    if output is None and given("max_shard_size"):
-        raise PruneAttnError("--max-shard-size belongs to an export into an OUTPUT; name one, or leave it out")
+    hub, writing = take_revision(options), take(options, ("dtype", "max_shard_size", "overwrite"))
+    for name in filter(given, writing if output is None else ()):
+        option = f"--{name.replace('_', '-')}"
+        raise PruneAttnError(f"{option} belongs to an export into an OUTPUT; name one, or leave it out")
+    write = None if output is None else WriteOptions(**writing)
     with show_progress(quiet) as progress:
-        result = export(directory, output, progress=progress, **options)
+        result = export(directory, output, options=write, hub=hub, progress=progress, **options)
     if as_json:
         print_json(result.to_json())
         return

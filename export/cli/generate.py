@@ -28,11 +28,11 @@ def generate(
 ) -> None:
     """Go on from a prompt, greedily, and say how long it took."""
     from export.generate import generate
-    from pruner.hub.source import fetch
+    from pruner.hub.source import Revision, fetch
 
     with show_progress(quiet) as progress:  # closed before text comes
         runtime = options["backend"] == "onnx"
-        directory = str(fetch(directory, revision=revision, cache_dir=cache_dir, runtime=runtime, progress=progress))
+        directory = str(fetch(directory, Revision(revision, cache_dir), runtime=runtime, progress=progress))
     if options["prompt"] == "-":
         options["prompt"] = _read_input()
     result = generate(directory, write=None if as_json else write_text, **options)

@@ -22,10 +22,10 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
 
     CHECKPOINT is a directory or a Hub id, of which no weights are fetched.
     """
-    from pruner.hub.source import open_source
+    from pruner.hub.source import Revision, open_source
     from pruner.summary import inspect
 
-    facts = inspect(open_source(checkpoint, **options))
+    facts = inspect(open_source(checkpoint, Revision(**options)))
     if not expand(checkpoint).exists():
         facts["path"] = checkpoint  # the Hub id, not the cache
     if as_json:

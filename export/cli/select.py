@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, given
+from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION
+from export.cli.requests import take_calibration, take_request, take_revision
 from export.cli.show import echo, make_table, print_json
-from pruner.select.request import check_useful
 
 
 @click.command()
@@ -32,9 +32,13 @@ def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any)
     """Choose what to drop; save the plan, which serves every fraction (convert --plan PLAN --drop 25%)."""
     from export.select import select
 
-    check_useful(options, given)
+    hub, overwrite = take_revision(options), options.pop("overwrite")
+    calibration = take_calibration(options, options["strategy"])
+    drop = take_request(options, calibration is not None)
     with show_progress(quiet) as progress:
-        result = select(source, output, progress=progress, **options)
+        result = select(
+            source, drop, calibration=calibration, output=output, overwrite=overwrite, hub=hub, progress=progress
+        )
     if as_json:
         print_json(result.to_json())
         return

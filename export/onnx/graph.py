@@ -72,9 +72,7 @@ def build_graph(
 
 def model_context(checkpoint: Checkpoint, context: int | None = None) -> int:
     """Tokens that the model can attend to, or the smaller ``context`` asked for; ``PruneAttnError`` for a larger."""
-    most = checkpoint.config.get("max_position_embeddings", 2048)  # transformers' default
-    if not isinstance(most, int) or most < 1:
-        raise PruneAttnError(f"{checkpoint.path / CONFIG}: max_position_embeddings is {most!r}; it must be a number")
+    most = checkpoint.decoder.context
     if context is None:
         return most
     if not 1 <= context <= most:
@@ -88,7 +86,7 @@ class _Builder:
     def __init__(self, checkpoint: Checkpoint, context: int) -> None:
         self.checkpoint, self.decoder, self.context = checkpoint, checkpoint.decoder, context
         self.element = initializers.ELEMENT_TYPES[checkpoint.dtypes[0]]
-        self.epsilon = float(checkpoint.config.get("rms_norm_eps", 1e-6))
+        self.epsilon = checkpoint.decoder.epsilon
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 

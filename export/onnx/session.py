@@ -33,7 +33,7 @@ _ELEMENT_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": 16} 
 def context_of(checkpoint: Checkpoint, options: GraphOptions | None = None) -> int:
     """Tokens that the ``model.onnx`` beside these shards was made for; ``options``: where they were read already."""
     options = options or graph_options(read_graph(checkpoint.path / GRAPH))
-    return options.context or checkpoint.config["max_position_embeddings"]
+    return options.context or checkpoint.decoder.context
 
 
 class OnnxSession(Turns):

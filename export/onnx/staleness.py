@@ -106,9 +106,7 @@ def _other_configuration(model: onnx.ModelProto, checkpoint: Checkpoint) -> str 
         sound = sound and len(tensor.raw_data) == 4 * math.prod(tensor.dims)
         return onnx.numpy_helper.to_array(tensor) if sound else np.float32("nan")
 
-    expected: dict[str, tuple[Any, Any]] = {
-        "rms_norm_eps": (attributes.get("epsilon"), float(checkpoint.config.get("rms_norm_eps", 1e-6)))
-    }
+    expected: dict[str, tuple[Any, Any]] = {"rms_norm_eps": (attributes.get("epsilon"), checkpoint.decoder.epsilon)}
     if any(decoder.attention):
         frequencies, factor = inverse_frequencies(checkpoint.config, decoder.head_dim, checkpoint.path / CONFIG)
         expected |= {

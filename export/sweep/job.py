@@ -28,8 +28,8 @@ from pruner.machine import computing
 from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant
 from pruner.plan_files import read_plan
 from pruner.progress import Progress, Stages, Step, keeping
-from pruner.select.choose import select
-from pruner.select.request import POSITIONAL, STRATEGIES
+from pruner.select.choose import choose
+from pruner.select.request import POSITIONAL, STRATEGIES, Calibration, Drop
 from pruner.summary import identity, totals
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def sweep(
     if guided:
         check_apart(text, calibration, text_field)
         given = read_text(calibration, tokenizer, text_field)
-    context = int(checkpoint.config.get("max_position_embeddings", 2048))
+    context = checkpoint.decoder.context
     window = min(context, 2048) if window is None else window
     if window > context:
         raise PruneAttnError(f"--window {window}: the model's context is {context} tokens; give no more")
@@ -149,18 +149,15 @@ def sweep(
         if progress is not None and (busy := machine.busy()):
             progress(Step(busy))
         with kept(output, setting, also_equal) as work, keeping(work.told):
-            calibrated = {
-                "text": calibration,
-                "text_field": text_field,
-                "samples": samples,
-                "length": length,
-                "seed": seed,
-                "device": device,
-            }
+            asked = None
+            if calibration is not None:
+                asked = Calibration(
+                    calibration, text_field=text_field, samples=samples, length=length, seed=seed, device=device
+                )
             plans: dict[tuple[str, str], PruningPlan] = {}
             for kind in sublayers:
                 for name in strategies:
-                    plans[kind, name] = _order(work, checkpoint, kind, name, parts, calibrated, progress)
+                    plans[kind, name] = _order(work, checkpoint, kind, name, parts, asked, progress)
             rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
             model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
             chosen = [plan for *_, plan in rows]
@@ -240,7 +237,7 @@ def _order(
     sublayer: str,
     strategy: str,
     parts: list[str],
-    calibrated: dict[str, Any],
+    calibration: Calibration | None,
     progress: Progress | None,
 ) -> PruningPlan:
     """The plan for the largest of the fractions, chosen once; a search that was interrupted goes on."""
@@ -251,16 +248,14 @@ def _order(
             progress(replace(step, what=f"{step.what}, {sublayer} by {strategy}") if step.total else step)
 
     if not file.exists():
-        plan = select(
-            checkpoint,
-            drop=max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer])),
-            sublayer=sublayer,
-            strategy=strategy,
-            partial=work.path / f"{file.stem}.partial.json",
-            resume=True,
-            progress=inside,
-            **calibrated,
-        )
+        most = max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer]))
+        partial = work.path / f"{file.stem}.partial.json"
+        if strategy in POSITIONAL:
+            plan = choose(checkpoint, Drop(most, sublayer, strategy)).plan
+        else:
+            assert calibration is not None
+            calibration = replace(calibration, strategy=strategy, resume=True)
+            plan = choose(checkpoint, Drop(most, sublayer), calibration, partial=partial, progress=inside).plan
         write_whole(file, replace(plan, source=checkpoint.fingerprint()).to_json())
     return read_plan(file, checkpoint)
 

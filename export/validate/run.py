@@ -158,7 +158,7 @@ class _Run:
         self.device = pick_device(options["device"])
         self.dtypes = self._dtypes()
         self.backends = self._backends()
-        self.context = min(int(c.config.get("max_position_embeddings") or 2048) for c in self.checkpoints.values())
+        self.context = min(c.decoder.context for c in self.checkpoints.values())
         self._read(text)
         self.cases = self._cases() if "latency" in self.parts_wanted else []
         self.tasks = self._task_names()

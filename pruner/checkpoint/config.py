@@ -72,6 +72,8 @@ def read_decoder(config: dict[str, Any], path: Path) -> Decoder:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=count("head_dim", hidden // heads),
+        context=count("max_position_embeddings", 2048),  # transformers' default
+        epsilon=float(epsilon),
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),

@@ -44,23 +44,28 @@ def names_repository(source: str | os.PathLike[str]) -> bool:
     return is_hub_id(os.fspath(source)) and not os.path.lexists(source)
 
 
-def open_source(
-    source: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
-) -> Checkpoint:
+@dataclass(frozen=True)
+class Revision:
+    """Where a Hub id is looked up: at which branch, tag or commit (default: main), through which cache."""
+
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+
+
+def open_source(source: str | os.PathLike[str], hub: Revision = Revision()) -> Checkpoint:
     """Open a directory, or a Hub repository of safetensors of which only ``config.json`` and headers are read.
 
     What exists as a path is a path. The shards of a Hub checkpoint are not there yet: ``fetch`` brings them to where
     it says that they are. Raises ``PruneAttnError``, or ``MachineError`` where the Hub cannot be reached.
     """
-    model = find(source, revision=revision, cache_dir=cache_dir)
+    model = find(source, hub)
     return open_checkpoint(source) if model is None else model.headers
 
 
 def fetch(
     source: str | os.PathLike[str],
+    hub: Revision = Revision(),
     *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
     runtime: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -70,15 +75,13 @@ def fetch(
     so on; with ``runtime`` also ``model.onnx`` and ``genai_config.json``. Headers are checked before any weights are
     fetched. ``progress`` counts bytes. Raises as ``open_source`` does.
     """
-    model = find(source, revision=revision, cache_dir=cache_dir)
+    model = find(source, hub)
     return expand(source) if model is None else model.fetch(runtime, progress)
 
 
-def find(
-    source: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
-) -> HubModel | None:
+def find(source: str | os.PathLike[str], hub: Revision = Revision()) -> HubModel | None:
     """The Hub repository that ``source`` names, its revision made a commit; ``None`` where it names a path."""
-    text = os.path.expanduser(os.fspath(source))
+    text, revision, cache_dir = os.path.expanduser(os.fspath(source)), hub.revision, hub.cache_dir
     if not names_repository(text):
         if revision is not None or cache_dir is not None:
             option = "--cache-dir" if revision is None else "--revision"

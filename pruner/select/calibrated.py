@@ -19,7 +19,7 @@ from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.progress import Progress, Step
 from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
-from pruner.select.request import check_objective
+from pruner.select.request import Calibration, check_objective
 from pruner.select.sampling import how_many, windows
 from pruner.select.search import Found, expected_work, extend, search
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from pruner.checkpoint import Checkpoint
     from pruner.plan import PruningPlan
-    from pruner.text import Texts
 
 SCREEN, CONFIRM = 8, 4  # a step tries all its sets on one in SCREEN samples (at least 8), and CONFIRM of them on all
 PARTIAL = "prune-attn partial plan"
@@ -42,25 +41,22 @@ def told_of(partial: Path) -> str:
     return f"what was computed is kept in {partial}; --resume goes on from there"
 
 
-class _Job:
+class Job:
     """One selection by a calibration text."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         sublayer: str,
-        strategy: str,
-        objective: str,
-        device: str,
-        seed: int,
-        partial: str | os.PathLike[str] | None,
-        resume: bool,
+        calibration: Calibration,
+        partial: Path | None,
         progress: Progress | None,
     ) -> None:
-        check_objective(objective)
-        self.checkpoint, self.sublayer, self.strategy, self.objective = checkpoint, sublayer, strategy, objective
-        self.device, self.seed, self.progress = device, seed, progress
-        self.partial, self.resume = None if partial is None else expand(partial), resume
+        check_objective(calibration.objective)
+        self.checkpoint, self.sublayer, self.calibration = checkpoint, sublayer, calibration
+        self.strategy, self.objective = calibration.strategy, calibration.objective
+        self.device, self.seed, self.progress = calibration.device, calibration.seed, progress
+        self.partial, self.resume = None if partial is None else expand(partial), calibration.resume
         self.what, self.status, self.expected, self.saved_at = "running the original", "", 0.0, time.monotonic()
         self.total, self.before, self.seconds = 0.0, 0, None  # of what is done now, in layers times samples
         self.check_partial()
@@ -75,7 +71,7 @@ class _Job:
                 f"{self.partial}: a run that was stopped left this; go on from it with --resume, or remove it"
             )
 
-    def prepare(self, text: Texts, field: str | None, samples: int | None, length: int | None) -> None:
+    def prepare(self) -> None:
         """Read the text and the partial plan, open the model, say what will be done, run the original."""
         from pruner.device import check_cuda
         from pruner.select.evaluator import Evaluator
@@ -86,9 +82,10 @@ class _Job:
 
             check_cuda()
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.text = read_text(text, load_tokenizer(self.checkpoint.path), field)
-        context = int(self.checkpoint.config.get("max_position_embeddings") or 2048)
-        self.samples, self.length = how_many(self.text, context, samples, length, self.say)
+        asked = self.calibration
+        self.text = read_text(asked.text, load_tokenizer(self.checkpoint.path), asked.text_field)
+        context = self.checkpoint.decoder.context
+        self.samples, self.length = how_many(self.text, context, asked.samples, asked.length, self.say)
         self.screen = min(self.samples, max(8, self.samples // SCREEN))
         ids = windows(self.text.ids, self.samples, self.length, self.seed)
         left = self.read_partial()

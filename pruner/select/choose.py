@@ -1,103 +1,86 @@
-"""``select``: one selection, by position or by a calibration text."""
+"""``choose``: from a request and a checkpoint to a plan, by position or by a calibration text."""
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.machine import computing
+from pruner.plan import PruningPlan, plan_layers
+from pruner.plan_files import read_plan
 from pruner.progress import Progress
-from pruner.select.calibrated import _Job
+from pruner.select.calibrated import Job
 from pruner.select.exhaustive import check_few
-from pruner.select.request import POSITIONAL
+from pruner.select.positional import candidates_for, plan_drop
+from pruner.select.request import CALIBRATED, STRATEGIES, Calibration, Drop, Layers, Request, SavedPlan, as_request
 from pruner.select.search import order_of
-
-if TYPE_CHECKING:
-    from pruner.checkpoint import Checkpoint
-    from pruner.plan import PruningPlan
-    from pruner.text import Texts
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A plan, and what making it took: seconds, layer evaluations, tokens a second, peak memory (GPU, bytes)."""
+    """A plan, and what making it took: seconds, layer evaluations, tokens per second, peak memory (GPU, bytes)."""
 
     plan: PruningPlan
     cost: dict[str, Any]
 
 
-def select(source: str | os.PathLike[str] | Checkpoint, **options: Any) -> PruningPlan:
-    """The plan of ``selection``, which see for the options."""
-    return selection(source, **options).plan
-
-
-def selection(
-    source: str | os.PathLike[str] | Checkpoint,
+def choose(
+    checkpoint: Checkpoint,
+    drop: Request | str | int,
+    calibration: Calibration | None = None,
     *,
-    drop: str | int,
-    sublayer: str = "attention",
-    strategy: str | None = None,
-    text: Texts | None = None,
-    text_field: str | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    objective: str | None = None,
-    allow_first_layer: bool = False,
-    allow_all: bool = False,
-    partial: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    threads: int | None = None,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Selection:
-    """Choose ``drop`` (a count, or a percentage of the original's) of ``sublayer``; the plan's order names them all.
+    """Which sublayers of ``checkpoint`` go; no weights are read without a ``calibration``.
 
-    ``strategy`` is last, keep-last, similarity, search or exhaustive (default: search with a ``text``, last without).
-    The last two minimise ``objective``: kl (default: on unseen text it chose better than ce with up to 2,048
-    calibration tokens, 1.0% above the best set at 1,024 tokens against 1.5%: docs/notes/selection.md), or ce.
-    The last three run the model on ``samples`` windows of ``length`` tokens spread over ``text``: a file or several,
-    or ``general``, which comes along; ``text_field`` is JSON lines' (see ``pruner.text.read_contents``). ``seed`` says
-    where in its part of the text each window lies; ``threads`` as in ``pruner.machine.computing``. ``partial`` is a
-    file that keeps what has been computed; with ``resume`` an interrupted run goes on from it to the same plan (remove
-    it when the plan is safe). Raises
-    ``PruneAttnError`` for bad input and ``MachineError``.
+    ``partial`` is a file that keeps what has been computed; ``Calibration.resume`` goes on from it (remove it when the
+    plan is safe). Raises ``PruneAttnError`` for what cannot be dropped or does not fit together, and ``MachineError``.
     """
-    from pruner.checkpoint import Checkpoint, open_checkpoint
-    from pruner.select.positional import candidates_for, plan_drop
+    request = as_request(drop)
+    if calibration is not None and not isinstance(request, Drop):
+        raise PruneAttnError("a Calibration is for choosing by its text; leave it out, or ask for Drop(...)")
+    if isinstance(request, SavedPlan):
+        plan = read_plan(request.plan, checkpoint)
+        return Selection(plan if request.amount is None else plan.cut(str(request.amount), checkpoint), {})
+    if isinstance(request, Layers):
+        layers = request.layers if isinstance(request.layers, str) else ",".join(map(str, request.layers))
+        return Selection(plan_layers(checkpoint, layers, request.sublayer), {})
+    if calibration is None:
+        return Selection(plan_drop(checkpoint, request), {})
+    if request.strategy is not None:
+        if request.strategy not in STRATEGIES:
+            raise PruneAttnError(f"unknown strategy {request.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+        raise PruneAttnError(f"--strategy {request.strategy} looks at no text; leave --text out, or choose another")
+    return _by_text(checkpoint, request, calibration, partial, progress)
 
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    strategy = strategy or ("last" if text is None else "search")
-    allowed = {"allow_first_layer": allow_first_layer, "allow_all": allow_all}
-    if strategy in POSITIONAL:
-        return Selection(plan_drop(checkpoint, str(drop), sublayer, strategy, **allowed), {})
-    count, candidates = candidates_for(checkpoint, str(drop), sublayer, strategy, **allowed)
-    if text is None:
-        raise PruneAttnError(f"--strategy {strategy} chooses by what a text costs; give one with --text")
+
+def _by_text(
+    checkpoint: Checkpoint,
+    request: Drop,
+    calibration: Calibration,
+    partial: Path | None,
+    progress: Progress | None,
+) -> Selection:
+    strategy = calibration.strategy
+    if strategy not in CALIBRATED:
+        raise PruneAttnError(f"unknown strategy {strategy!r}; by a text choose one of {', '.join(CALIBRATED)}")
+    count, candidates = candidates_for(checkpoint, request)
     if strategy == "exhaustive":
         check_few(len(candidates), count)
     started = time.monotonic()
-    with computing(threads):
-        job = _Job(
-            checkpoint,
-            sublayer,
-            strategy,
-            objective or "kl",
-            device,
-            seed,
-            partial,
-            resume,
-            progress,
-        )
-        job.prepare(text, text_field, samples, length)
+    with computing(calibration.threads):
+        job = Job(checkpoint, request.sublayer, calibration, partial, progress)
+        job.prepare()
         if strategy == "similarity":
             order, found = job.by_similarity(candidates), None
         else:
             with job.saved_when_stopped():
                 found = job.by_loss(candidates, count)
             order = order_of(found, count)
-        plan = job.plan(order, found, count, str(drop))
+        plan = job.plan(order, found, count, str(request.amount))
         return Selection(plan, job.cost(time.monotonic() - started))

@@ -6,7 +6,7 @@ from pruner.checkpoint import Checkpoint
 from pruner.errors import PruneAttnError
 from pruner.llama import SUBLAYERS
 from pruner.plan import PruningPlan, only_present, original_counts, parse_drop, percentage_meant
-from pruner.select.request import POSITIONAL, STRATEGIES
+from pruner.select.request import CALIBRATED, POSITIONAL, STRATEGIES, Drop
 
 
 def positional_order(strategy: str, candidates: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
@@ -17,42 +17,34 @@ def positional_order(strategy: str, candidates: tuple[int, ...], num_layers: int
     return tuple(sorted((layer for layer in candidates if layer != keep), reverse=True))
 
 
-def plan_drop(
-    checkpoint: Checkpoint,
-    drop: str,
-    sublayer: str = "attention",
-    strategy: str = "last",
-    *,
-    allow_first_layer: bool = False,
-    allow_all: bool = False,
-) -> PruningPlan:
-    """Choose ``drop`` (a count or a percentage) sublayers by their position. Layer 0 is never chosen unless allowed.
+def plan_drop(checkpoint: Checkpoint, request: Drop) -> PruningPlan:
+    """Choose sublayers by their position. Layer 0 is never chosen unless allowed.
 
     Raises ``PruneAttnError`` where fewer can be dropped than are asked for, and for a strategy that needs a text.
     """
-    count, candidates = candidates_for(
-        checkpoint, drop, sublayer, strategy, allow_first_layer=allow_first_layer, allow_all=allow_all
-    )
-    if strategy not in POSITIONAL:
+    strategy = request.strategy or "last"
+    if strategy in CALIBRATED:
         raise PruneAttnError(f"--strategy {strategy} chooses by what a text costs; give one with --text")
+    if strategy not in POSITIONAL:
+        raise PruneAttnError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    count, candidates = candidates_for(checkpoint, request)
     order = positional_order(strategy, candidates, checkpoint.decoder.num_layers)
     if count > len(order):
-        hint = "drop fewer" if allow_first_layer or allow_all else "drop fewer, or add --allow-first-layer"
+        hint = "" if request.allow_first_layer or request.allow_all else ", or add --allow-first-layer"
         raise PruneAttnError(
-            f"--drop {drop}: strategy {strategy} can drop only {len(order)} {_NAMES[sublayer]} here; {hint}"
+            f"--drop {request.amount}: strategy {strategy} can drop only {len(order)} {_NAMES[request.sublayer]} here; "
+            f"drop fewer{hint}"
         )
-    return only_present(PruningPlan.of(sublayer, strategy, order, count, drop), checkpoint.decoder)
+    plan = PruningPlan.of(request.sublayer, strategy, order, count, str(request.amount))
+    return only_present(plan, checkpoint.decoder)
 
 
 _NAMES = {"attention": "attention sublayers", "mlp": "MLP sublayers", "block": "blocks"}
 
 
-def candidates_for(
-    checkpoint: Checkpoint, drop: str, sublayer: str, strategy: str, *, allow_first_layer: bool, allow_all: bool
-) -> tuple[int, tuple[int, ...]]:
-    """How many sublayers ``drop`` means, and the layers to choose from. Raises ``PruneAttnError`` as ``plan_drop``."""
-    if strategy not in STRATEGIES:
-        raise PruneAttnError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+def candidates_for(checkpoint: Checkpoint, request: Drop) -> tuple[int, tuple[int, ...]]:
+    """How many sublayers are asked for, and the layers to choose from. Raises ``PruneAttnError`` as ``plan_drop``."""
+    drop, sublayer = str(request.amount), request.sublayer
     if sublayer not in SUBLAYERS:
         raise PruneAttnError(f"unknown sublayer {sublayer!r}; choose one of {', '.join(SUBLAYERS)}")
     decoder = checkpoint.decoder
@@ -64,8 +56,8 @@ def candidates_for(
         raise PruneAttnError(f"--drop {drop}: the model has only {len(candidates)} {name} left; drop fewer{hint}")
     if count == len(candidates) and sublayer == "block":
         raise PruneAttnError("every block would be dropped and no model be left; drop fewer")
-    if count == len(candidates) and not allow_all:
+    if count == len(candidates) and not request.allow_all:
         raise PruneAttnError(f"all {count} {name} would be dropped; drop fewer, or add --allow-all if you mean it")
-    if not allow_first_layer and count < len(candidates):
+    if not request.allow_first_layer and count < len(candidates):
         candidates = tuple(layer for layer in candidates if layer != 0)
     return count, candidates

@@ -29,13 +29,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from prune_attn import WriteOptions
-
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 SHIPPED = ROOT / "tests/data/gutenberg-llama-5m"
 
 from bench_guard import CONTEXT, bench_guard, guard_markdown, run_guard, run_guard_works  # noqa: E402
+
+from prune_attn import WriteOptions  # noqa: E402
 
 # -- one measurement, in a process of its own --------------------------------------------------------------------------
 

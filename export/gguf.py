@@ -57,11 +57,8 @@ def write_gguf(
     """
     try:
         import gguf
-        import sentencepiece  # noqa: F401
     except ImportError:
-        raise PruneAttnError(
-            "the packages gguf and sentencepiece are missing; pip install '.[gguf]' in the clone of prune-attn"
-        ) from None
+        raise PruneAttnError("the package gguf is missing; pip install '.[gguf]' in the clone of prune-attn") from None
     checkpoint, target = open_checkpoint(directory), expand(output)
     if target.exists() and not (overwrite and target.is_file()):
         raise PruneAttnError(f"{target}: exists already; choose another file, or add --overwrite")

@@ -220,7 +220,7 @@ def requests(work: Path) -> dict[str, dict[str, Any]]:
 
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # threads that wait for each other are slow on a busy machine
-    onnx = importlib.util.find_spec("onnx_ir") is not None
+    onnx = importlib.util.find_spec("onnx") is not None
     sources = {"shipped": SHIPPED, "grouped": grouped(work / "model-grouped"), "odd": odd(work / "model-odd")}
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     words = TEXT.split()

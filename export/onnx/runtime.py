@@ -11,6 +11,8 @@ import ctypes
 import io
 import os
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,38 @@ _HEAVY = {"FusedMatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalizatio
 _CUDA_ENTRIES = {"session.use_device_allocator_for_initializers": "1"}
 
 
+def why_not_installed() -> str | None:
+    """What is wrong with the installed ONNX Runtime, and the cure: it is not there, or there twice."""
+    cure = "pip install '.[cuda]' (NVIDIA GPU) or '.[cpu]' in the clone of prune-attn"
+    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+        return (
+            "onnxruntime and onnxruntime-gpu are both installed, and one has overwritten the other; "
+            f"pip uninstall -y onnxruntime onnxruntime-gpu, then {cure}"
+        )
+    spec = find_spec("onnxruntime")
+    if spec is None or spec.origin is None:  # no origin: the folder that is left when one of two was uninstalled
+        return f"ONNX Runtime is not installed; {cure}"
+    return None
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
 def open_runtime(
     path: Path, decoder: Decoder, dtype: str, device: str, *, cuda_graph: bool = True
 ) -> tuple[Any, str, str | None]:
     """(``onnxruntime.InferenceSession``, ``cpu`` or ``cuda``, why it is not CUDA).
 
     ``device``: ``cpu``, ``cuda`` or ``auto``, which takes CUDA where it works. Raises ``PruneAttnError`` for a dtype
-    that the device cannot run, and for CUDA that was asked for and is not there.
+    that the device cannot run, for CUDA that was asked for and is not there, and for an ONNX
+    Runtime that is not installed, or twice.
     """
+    if why := why_not_installed():
+        raise PruneAttnError(why)
     if device not in ("auto", "cpu", "cuda"):
         raise PruneAttnError(f"unknown device {device!r}; choose auto, cpu or cuda")
     reason: str | None = None
@@ -110,7 +136,8 @@ def check_cuda() -> int:
 
     if _CUDA not in onnxruntime.get_available_providers():
         raise PruneAttnError(
-            "this onnxruntime was built without CUDA; pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+            "this onnxruntime was built without CUDA; pip uninstall -y onnxruntime onnxruntime-genai, then "
+            "pip install '.[cuda]' in the clone of prune-attn"
         )
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()  # finds CUDA and cuDNN that pip installed

@@ -18,6 +18,7 @@ import numpy as np
 
 from export import record
 from export.card import update_card
+from export.onnx.runtime import why_not_installed
 from export.report import FORMAT, RESULTS, VERSION
 from export.validate import function as same
 from export.validate.facts import environment, model_facts, pruning_facts
@@ -209,15 +210,18 @@ class _Run:
             raise PruneAttnError(f"unknown dtype {asked!r}; choose float16, bfloat16 or float32")
         return {"torch": asked, "torch-compiled": asked, "onnx": self.stored}
 
+    def _why_no_onnx(self, pruned: Path) -> str | None:
+        if not (pruned / GRAPH).is_file():
+            return f"{pruned / GRAPH}: missing; prune-attn export {pruned} writes it, or says why it cannot"
+        if self.device == "cpu" and self.stored == "bfloat16":
+            return f"{pruned}: bfloat16 does not run on the CPU in ONNX Runtime"
+        if self.device == "cuda" and self.stored == "float32":
+            return f"{pruned}: float32 does not run on CUDA in ONNX Runtime"
+        return why_not_installed()
+
     def _backends(self) -> list[str]:
         pruned, asked = self.checkpoints["pruned"], self.options["backend"]
-        why = None
-        if not (pruned.path / GRAPH).is_file():
-            why = f"{pruned.path / GRAPH}: missing; prune-attn export {pruned.path} writes it, or says why it cannot"
-        elif self.device == "cpu" and self.stored == "bfloat16":
-            why = f"{pruned.path}: bfloat16 does not run on the CPU in ONNX Runtime"
-        elif self.device == "cuda" and self.stored == "float32":
-            why = f"{pruned.path}: float32 does not run on CUDA in ONNX Runtime"
+        why = self._why_no_onnx(pruned.path)
         if asked is None:
             if why:
                 self.notes.append(f"ONNX Runtime was not measured: {why}")

@@ -8,8 +8,6 @@ Format: https://github.com/google/sentencepiece, ``sentencepiece_model.proto``.
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,8 +40,8 @@ def check_tokenizer(directory: Path, vocabulary: int) -> None:
                 "the others give the Hugging Face form"
             )
     try:
-        pieces = sum(number == 1 for number, _ in _fields(read_bounded(path, _MOST_BYTES)))
-    except (ValueError, IndexError, struct.error) as error:
+        pieces = len(_parse(read_bounded(path, _MOST_BYTES)).pieces)
+    except ValueError as error:
         raise _no_tokenizer(path, error) from None
     if pieces > vocabulary or (pieces < vocabulary and path.parent != directory):
         raise PruneAttnError(
@@ -70,7 +68,7 @@ def meta_files(directory: Path) -> dict[str, bytes]:
     model = read_bounded(path, _MOST_BYTES)
     try:
         tokenizer, special = _tokenizer(model)
-    except (ValueError, IndexError, TypeError, AttributeError, struct.error) as error:
+    except ValueError as error:
         raise _no_tokenizer(path, error) from None
     unknown, beginning, end = special
     config = {
@@ -114,7 +112,7 @@ def tokenizer_json(directory: Path) -> bytes | None:
             for name, default in zip(("bos", "eos"), defaults, strict=True)
         ]
         tokenizer["post_processor"] = _template(tokenizer, *ends)
-    except (PruneAttnError, ValueError, LookupError, TypeError, AttributeError, struct.error):
+    except (PruneAttnError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return _dump(tokenizer)
 
@@ -166,18 +164,23 @@ def _dump(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _parse(model: bytes) -> Any:
+    """The protocol buffer ``ModelProto`` in these bytes. Raises ``ValueError``."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        return ModelProto.FromString(model)
+    except DecodeError:
+        raise ValueError("it is truncated or no protocol buffer") from None
+
+
 @lru_cache(maxsize=1)
 def _tokenizer(model: bytes) -> tuple[bytes, tuple[str, ...]]:
     """``tokenizer.json``, and the names of the tokens 0, 1 and 2: unknown, beginning, end."""
-    pieces, kind, normaliser = [], None, ""
-    for number, value in _fields(model):
-        if number == 1:
-            piece = {1: b"", 2: 0.0, 3: 1} | dict(_fields(value))
-            pieces.append((piece[1].decode("utf-8"), piece[2], piece[3]))
-        elif number == 2:
-            kind = dict(_fields(value)).get(3, 1)
-        elif number == 3:
-            normaliser = dict(_fields(value)).get(1, b"").decode("utf-8")
+    parsed = _parse(model)
+    pieces = [(piece.piece, piece.score, piece.type) for piece in parsed.pieces]
+    kind, normaliser = parsed.trainer_spec.model_type, parsed.normalizer_spec.name
     if kind != _BPE or normaliser != "identity":
         raise ValueError(f"kind {kind}, normaliser {normaliser!r}; Llama's are {_BPE} and 'identity'")
     if [kind for _, _, kind in pieces[:3]] != [_UNKNOWN, _CONTROL, _CONTROL]:
@@ -244,30 +247,3 @@ def _merges(pieces: list[tuple[str, float, int]], vocabulary: dict[str, int]) ->
         known = [(left, right) for left, right in splits if left in vocabulary and right in vocabulary]
         pairs += [(-score, -len(left), -len(right), left, right) for left, right in known]
     return [[left, right] for *_, left, right in sorted(pairs, key=lambda pair: pair[:3])]
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer message's fields. https://protobuf.dev/programming-guides/encoding/"""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while shift < 64:
-            byte = data[position]
-            value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
-            if byte < 128:
-                return value
-        raise ValueError("it is no protocol buffer")
-
-    while position < len(data):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-            continue
-        size = {1: 8, 5: 4}.get(kind) or varint()
-        value = data[position : position + size]
-        position += size
-        if len(value) != size or kind not in (1, 2, 5):
-            raise ValueError("it is truncated or no protocol buffer")
-        yield number, struct.unpack("<f", value)[0] if kind == 5 else value

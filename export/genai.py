@@ -6,12 +6,10 @@ Fields: https://onnxruntime.ai/docs/genai/reference/config.html
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pruner.checkpoint import Checkpoint
-from pruner.errors import PruneAttnError
-from pruner.files import read_json
+from pruner.checkpoint.generation import Generation, read_generation
 from pruner.names import GRAPH
 
 # The KV cache is allocated for search.max_length tokens at once, so it is not the context of a 128k model.
@@ -24,17 +22,15 @@ def genai_config(checkpoint: Checkpoint, context: int) -> bytes:
     No provider is named, which means the CPU, except for bfloat16, which runs on CUDA alone, there with the attention
     kernels that need no plan for each new prompt length (see docs/guide/onnx.md).
     """
-    d, generation = checkpoint.decoder, _generation_config(checkpoint.path)
-    eos = generation_value(checkpoint, "eos_token_id", 2)
+    d, generation = checkpoint.decoder, read_generation(checkpoint)
+    fields = generation.fields
     providers = [{"cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "3"}}] if checkpoint.dtypes[0] == "BF16" else []
     config = {
         "model": {
             "type": "llama",
             "vocab_size": d.vocab_size,
             "context_length": context,
-            "bos_token_id": generation_value(checkpoint, "bos_token_id", 1),
-            "eos_token_id": eos,
-            "pad_token_id": generation_value(checkpoint, "pad_token_id", eos[0] if isinstance(eos, list) else eos),
+            **_special_tokens(generation),
             "decoder": {
                 "filename": GRAPH,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
@@ -59,13 +55,13 @@ def genai_config(checkpoint: Checkpoint, context: int) -> bytes:
         "search": {
             "max_length": min(context, _MAX_LENGTH),
             "min_length": 0,
-            "do_sample": bool(generation.get("do_sample", False)),
+            "do_sample": fields.get("do_sample", False),
             "num_beams": 1,
             "num_return_sequences": 1,
-            "temperature": generation.get("temperature", 1.0),
-            "top_k": generation.get("top_k", 50),
-            "top_p": generation.get("top_p", 1.0),
-            "repetition_penalty": generation.get("repetition_penalty", 1.0),
+            "temperature": fields.get("temperature", 1.0),
+            "top_k": min(fields.get("top_k", 50), d.vocab_size),
+            "top_p": fields.get("top_p", 1.0),
+            "repetition_penalty": fields.get("repetition_penalty", 1.0),
             "length_penalty": 1.0,
             "diversity_penalty": 0.0,
             "no_repeat_ngram_size": 0,
@@ -76,17 +72,13 @@ def genai_config(checkpoint: Checkpoint, context: int) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def generation_value(checkpoint: Checkpoint, name: str, default: Any) -> Any:
-    """What ``generation_config.json``, or else ``config.json``, says of ``name``; ``default`` where neither does."""
-    for found in (_generation_config(checkpoint.path), checkpoint.config):
-        if found.get(name) is not None:
-            return found[name]
-    return default
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    try:
-        found = read_json(directory / "generation_config.json")
-    except (OSError, PruneAttnError):
-        return {}
-    return {k: v for k, v in found.items() if v is not None}
+def _special_tokens(generation: Generation) -> dict[str, Any]:
+    """What there is of them: the engine takes no null, and no token beyond the vocabulary."""
+    eos = generation.eos
+    pad = generation.pad if generation.pad is not None or not eos else eos[0]
+    found = {
+        "bos_token_id": generation.bos,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": pad,
+    }
+    return {name: value for name, value in found.items() if value is not None}

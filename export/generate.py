@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.genai import generation_value
 from pruner import machine
 from pruner.checkpoint import open_checkpoint
+from pruner.checkpoint.generation import check_ids, read_generation
 from pruner.errors import PruneAttnError
 from pruner.hub.source import Revision, fetch
 from pruner.machine import computing
@@ -72,8 +72,9 @@ def _generate(
     device: str,
     write: Callable[[str], None] | None,
 ) -> Generated:
-    eos = generation_value(open_checkpoint(directory), "eos_token_id", tokenizer.eos_id())
-    ends = set(eos if isinstance(eos, list) else [eos])
+    checkpoint = open_checkpoint(directory)
+    ends = read_generation(checkpoint, tokenizer.eos_id()).eos
+    check_ids(ids, checkpoint, "the prompt")
     if not ids:
         raise PruneAttnError("the prompt is empty and the tokenizer adds nothing; give some text")
     model, took = _open(directory, backend, device, len(ids) + new_tokens)

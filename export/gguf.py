@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.genai import generation_value
 from export.staging import beside, check_space
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
+from pruner.checkpoint.generation import read_generation
 from pruner.checkpoint.load import load_tensor
 from pruner.dtypes import itemsize
 from pruner.errors import PruneAttnError
@@ -230,9 +230,11 @@ def _vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_token_scores(scores)
     writer.add_token_types(types)
     writer.add_unk_token_id(pieces.unk_id())
-    writer.add_bos_token_id(generation_value(checkpoint, "bos_token_id", 1))
-    eos = generation_value(checkpoint, "eos_token_id", 2)
-    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
+    generation = read_generation(checkpoint)
+    if generation.bos is not None:
+        writer.add_bos_token_id(generation.bos)
+    if generation.eos:
+        writer.add_eos_token_id(generation.eos[0])
     writer.add_add_bos_token(bool(settings.get("add_bos_token", True)))
     writer.add_add_eos_token(bool(settings.get("add_eos_token", False)))
     if (prefix := settings.get("add_prefix_space")) is not None:

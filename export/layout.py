@@ -11,6 +11,7 @@ from export.onnx import GraphOptions
 from export.shards import Entry, OutputShard, plan_shards
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor
 from pruner.checkpoint.config import read_decoder
+from pruner.checkpoint.generation import token_notes
 from pruner.dtypes import WEIGHT_DTYPES, safetensors_dtype
 from pruner.errors import PruneAttnError
 from pruner.llama import Decoder
@@ -56,6 +57,7 @@ class Layout:
     options: WriteOptions
     config: dict[str, Any] = field(repr=False)
     shards: tuple[OutputShard, ...] = field(repr=False)
+    notes: tuple[str, ...] = ()  # where the source contradicts itself
 
     @property
     def nbytes(self) -> int:
@@ -74,11 +76,15 @@ class Layout:
 
 
 def lay_out(checkpoint: Checkpoint, plan: PruningPlan, left: Decoder, options: WriteOptions) -> Layout:
-    """Every tensor of the output with its place, in memory alone. No weights are read."""
-    dtype = options.stored_as
+    """Every tensor of the output with its place, in memory alone. No weights are read.
+
+    Raises ``PruneAttnError`` where the source's generation_config.json cannot be used.
+    """
+    dtype, left = options.stored_as, replace(left, tied=checkpoint.decoder.tied)  # from afar a head looks equal
     config = output_config(checkpoint, left, dtype)
     shards = plan_shards(output_entries(checkpoint, left, dtype), options.max_bytes, config)
-    return Layout(checkpoint, plan, left, options, config, tuple(shards))
+    notes = (*checkpoint.notes, *token_notes(checkpoint))
+    return Layout(checkpoint, plan, left, options, config, tuple(shards), notes)
 
 
 def output_decoder(result: Decoder) -> Decoder:

@@ -70,7 +70,7 @@ def _fill(directory: Path, layout: Layout, progress: Progress | None) -> tuple[b
     if runtime and TOKENIZER_JSON not in along:
         notes.append(NO_TOKENIZER)
         card_notes = [*card_notes, NO_TOKENIZER]
-    notes = [*engine_notes, *notes]
+    notes = [*layout.notes, *engine_notes, *notes]
     card = model_card(
         facts,
         config,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     pass
 
 SUBLAYERS = ("attention", "mlp", "block")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Decoder:
         ONNX initializer can span q|k|v (or gate|up) as one [rows, in] matrix.
         """
         h = self.hidden_size
-        sections = [[{"model.embed_tokens.weight": (self.vocab_size, h)}]]
+        sections = [[{EMBEDDING: (self.vocab_size, h)}]]
         for layer, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
             groups: list[dict[str, tuple[int, ...]]] = []
             norms: dict[str, tuple[int, ...]] = {}
@@ -109,11 +110,11 @@ class Decoder:
                 norms[f"model.layers.{layer}.post_attention_layernorm.weight"] = (h,)
             if groups:
                 sections.append([*groups, norms])
-        sections.append([{"model.norm.weight": (h,)}, {"lm_head.weight": (self.vocab_size, h)}])
+        sections.append([{"model.norm.weight": (h,)}, {HEAD: (self.vocab_size, h)}])
         return sections
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape of every tensor, in layout order. A tied ``lm_head.weight`` may be absent from the files."""
+        """Name to shape of every tensor, in layout order. A tied model's files may lack the head, or the embedding."""
         return {name: shape for section in self.layout() for group in section for name, shape in group.items()}
 
     def sublayer_parameters(self, sublayer: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from pruner.checkpoint import open_checkpoint
+from pruner.checkpoint.generation import check_ids, check_pad
 from pruner.checkpoint.load import load_tensor
 from pruner.device import check_cuda
 from pruner.errors import PruneAttnError
@@ -133,6 +134,8 @@ class TorchLanguageModel(Turns):
             check_cuda()
         pruned = checkpoint.config["model_type"] == dialect.MODEL_TYPE
         kind, config = (DeciLMForCausalLM, PrunedLlamaConfig) if pruned else (LlamaForCausalLM, LlamaConfig)
+        check_pad(checkpoint)
+        self._checkpoint = checkpoint
         # from the tensors, not the directory: one way for every format, and no pickle is run
         self.model = kind.from_pretrained(
             None,
@@ -199,6 +202,7 @@ class TorchLanguageModel(Turns):
     def logits(self, input_ids: np.ndarray) -> Logits:
         import torch
 
+        check_ids(input_ids, self._checkpoint, "the text")
         with self._lock, inference():
             out = self.model(input_ids=torch.as_tensor(input_ids, device=self.device), use_cache=False)
         return out.logits.float().cpu().numpy()
@@ -234,6 +238,8 @@ class TorchLanguageModel(Turns):
         import torch
 
         check_prompts(prompts)
+        for prompt in prompts:
+            check_ids(prompt, self._checkpoint, "the prompt")
         width = max(len(prompt) for prompt in prompts)
         # left padding: the last column is each row's last token
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)

@@ -20,6 +20,7 @@ from export.sweep.progress import Kept, kept, write_whole
 from export.sweep.table import to_csv, to_markdown
 from pruner import __version__, machine
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.generation import check_ids
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.source import fetch
@@ -120,6 +121,8 @@ def sweep(
     if guided:
         check_apart(text, calibration, text_field)
         given = read_text(calibration, tokenizer, text_field)
+    for part in filter(None, (test, given)):
+        check_ids(part.ids, checkpoint, part.path)
     context = checkpoint.decoder.context
     window = min(context, 2048) if window is None else window
     if window > context:

@@ -28,6 +28,7 @@ from export.validate.limits import Limits, check
 from export.validate.parts import FOLDER, Parts
 from pruner import __version__, machine
 from pruner.checkpoint import Checkpoint, open_checkpoint
+from pruner.checkpoint.generation import check_ids
 from pruner.checkpoint.load import check_finite
 from pruner.device import pick_device
 from pruner.dtypes import WEIGHT_DTYPES
@@ -245,6 +246,7 @@ class _Run:
             return
         tokenizers = [load_tokenizer(c.path) for c in self.checkpoints.values()]
         self.text = read_text(text, tokenizers[0], self.options["text_field"])
+        check_ids(self.text.ids, self.checkpoints["original"], self.text.path)
         sample = self.text.content[:20_000]
         encoded = [tokenizer(sample, verbose=False)["input_ids"] for tokenizer in tokenizers]
         if tokenizers[0].get_vocab() != tokenizers[1].get_vocab() or encoded[0] != encoded[1]:

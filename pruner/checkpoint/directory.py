@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pruner.checkpoint.config import UNQUANTISED, check_not_quantised, check_tensors, read_decoder
+from pruner.checkpoint.config import (
+    QUANTISATION,
+    UNQUANTISED,
+    check_tensors,
+    is_buffer,
+    quantisation,
+    quantised,
+    read_decoder,
+)
 from pruner.checkpoint.header import GGML, read_shard
 from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
 from pruner.checkpoint.pickled import read_pickled
-from pruner.checkpoint.tensor import Shard, Tensor
+from pruner.checkpoint.tensor import OpenFiles, Shard, Tensor, read_blocks
+from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
 from pruner.files import expand, parse_json, read_bounded, read_json
-from pruner.llama import Decoder
-from pruner.names import CONFIG, INDEX, PYTORCH, PYTORCH_INDEX, WEIGHTS
+from pruner.llama import EMBEDDING, HEAD, Decoder
+from pruner.names import ADAPTER, CONFIG, INDEX, PYTORCH, PYTORCH_INDEX, WEIGHTS
 
+_MERGE = "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
 _CONFIG_BYTES = 4 << 20  # a pruned model of 10,000 layers has 3 MB
 
 
@@ -28,7 +39,8 @@ class Checkpoint:
 
     ``tensors`` are the decoder's by Hugging Face's names, stored buffers such as ``rotary_emb.inv_freq`` left out.
     Where ``meta`` is true it is Meta's distribution: ``config`` is made from ``params.json``, whose hash
-    ``config_sha256`` then is, and ``shards`` have Meta's names.
+    ``config_sha256`` then is, and ``shards`` have Meta's names. ``notes`` tell where ``config`` and ``tensors`` say
+    otherwise than the files, since the files contradict each other.
     """
 
     path: Path
@@ -38,6 +50,7 @@ class Checkpoint:
     decoder: Decoder
     tensors: dict[str, Tensor] = field(repr=False)
     meta: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,7 +73,7 @@ class Checkpoint:
     @property
     def head(self) -> str:
         """The name of the output head: its own, also where the model is tied and has one, or the embedding's."""
-        return "lm_head.weight" if "lm_head.weight" in self.tensors else "model.embed_tokens.weight"
+        return HEAD if HEAD in self.tensors else EMBEDDING
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -132,12 +145,15 @@ def _instead(directory: Path) -> str:
     for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
         if file in names:
             return f"it is quantised ({method}, says {file}); {UNQUANTISED}"
-    if "adapter_config.json" in names:
-        return "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
-    if _weights(directory) is None and any(name.endswith((".bin", ".pth", ".pt")) for name in names):
-        return f"its PyTorch files must be called {PYTORCH}, as its index says, or consolidated.00.pth and so on"
-    if _weights(directory) is None and any(name.endswith(".safetensors") for name in names):
-        return f"its safetensors must be called {WEIGHTS}, as its index says; if they are quantised, {UNQUANTISED}"
+    if ADAPTER in names:
+        return _MERGE
+    for suffix, index in ((".safetensors", INDEX), (".bin", PYTORCH_INDEX)):
+        if any(re.search(rf"-\d+-of-\d+{suffix}$", name) for name in names):
+            return f"it holds shards without their index; download {index} too"
+    if any(name.endswith((".bin", ".pth", ".pt")) for name in names):
+        return f"its PyTorch files must be called {PYTORCH}, or consolidated.00.pth and so on if it is Meta's"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"its safetensors must be called {WEIGHTS}; if they are quantised, {UNQUANTISED}"
     return "give the directory that transformers' save_pretrained, a Hub download or Meta's download made"
 
 
@@ -164,7 +180,8 @@ def _shard_names(directory: Path, single: str, index: str) -> tuple[list[str], d
     return names, weight_map
 
 
-def _check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> None:
+def _check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard], may_differ: Iterable[str]) -> None:
+    """Refuse an index that contradicts the shards, but for what is recomputed or ``may_differ``."""
     owner: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:
@@ -174,13 +191,13 @@ def _check_index(index: Path, weight_map: dict[str, str], shards: Iterable[Shard
                 )
             owner[name] = shard.path.name
     for name, file in weight_map.items():
-        if owner.get(name) != file:
+        if owner.get(name) != file and not (is_buffer(name) or name in may_differ):
             where = f"it is in {owner[name]}" if name in owner else "it is not there"
             raise PruneAttnError(
                 f"{index}: says that {name!r} is in {file}, but {where}; download the checkpoint again"
             )
     for name, file in owner.items():
-        if name not in weight_map:
+        if name not in weight_map and not (is_buffer(name) or name in may_differ):
             raise PruneAttnError(f"{index}: tensor {name!r} of {file} is missing from it; download the index again")
 
 
@@ -188,8 +205,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a Llama checkpoint directory, links followed: Hugging Face's, plain or pruned by this tool, or Meta's.
 
     Weights are taken from safetensors, else from PyTorch's files, whose pickles are never run, else from Meta's parts.
-    Cost: ``config.json``, the index and the shards' headers; no weights are read. Every name and shape is checked
-    against the configuration. Raises ``PruneAttnError`` with one line that names the file.
+    Cost: ``config.json``, the index and the shards' headers; of the weights only the head of a tied model that has
+    one. Every name and shape is checked against the configuration. Raises ``PruneAttnError`` with one line that names
+    the file.
     """
     directory = expand(path)
     _check_directory(directory)
@@ -201,23 +219,82 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config, shards, decoder, tensors = read_meta(directory, params)
         return Checkpoint(directory, config, digest, shards, decoder, tensors, meta=True)
     config, digest = read_config(directory)
-    check_not_quantised(config, directory / CONFIG)
-    decoder = read_decoder(config, directory / CONFIG)
-    if weights is None:
+    if weights is None and quantisation(config) is None:
         raise PruneAttnError(
             f"{directory}: is not a checkpoint, it has no {WEIGHTS}, {INDEX} or {PYTORCH}; {_instead(directory)}"
         )
-    single, index, read = weights
+    if (directory / ADAPTER).is_file():  # transformers applies it where PEFT is installed
+        raise PruneAttnError(f"{directory}: {_MERGE}; if the weights beside it are merged already, remove {ADAPTER}")
+    claim = quantisation(config)
+    if claim is not None:
+        raise quantised(config, directory / CONFIG, *claim, _plain_dtype(directory, config))
+    assert weights is not None
+    checkpoint = Checkpoint(directory, config, digest, *_read(directory, config, *weights))
+    return _untied(_without_flags(checkpoint))
+
+
+def _read(
+    directory: Path, config: dict[str, Any], single: str, index: str, read: Callable[[Path], Shard]
+) -> tuple[tuple[Shard, ...], Decoder, dict[str, Tensor]]:
+    """Shards, decoder and the decoder's tensors, each checked against the others."""
+    decoder = read_decoder(config, directory / CONFIG)
     names, weight_map = _shard_names(directory, single, index)
     shards = tuple(read(directory / name) for name in names)
     if weight_map is not None:
-        _check_index(directory / index, weight_map, shards)
+        _check_index(directory / index, weight_map, shards, (HEAD, EMBEDDING) if decoder.tied else ())
     check_tensors(decoder, shards, directory)
     expected = decoder.tensors()
     tensors = {t.name: t for shard in shards for t in shard.tensors.values() if t.name in expected}
-    if decoder.tied and _same_place(tensors, "lm_head.weight", "model.embed_tokens.weight"):
-        del tensors["lm_head.weight"]  # a PyTorch file names the one matrix twice
-    return Checkpoint(directory, config, digest, shards, decoder, tensors)
+    if decoder.tied and EMBEDDING not in tensors:  # of two names of one matrix safetensors' save_model keeps the other
+        tensors[EMBEDDING] = replace(tensors.pop(HEAD), name=EMBEDDING)
+    elif decoder.tied and _same_place(tensors, HEAD, EMBEDDING):
+        del tensors[HEAD]  # a PyTorch file names the one matrix twice
+    return shards, decoder, tensors
+
+
+def _plain_dtype(directory: Path, config: dict[str, Any]) -> str | None:
+    """float16 and so on where the weights are whole and not quantised, whatever ``config`` says of it."""
+    try:
+        weights = _weights(directory)
+        assert weights is not None
+        _, _, tensors = _read(directory, config, *weights)
+    except (PruneAttnError, AssertionError):
+        return None
+    return WEIGHT_DTYPES[next(iter(tensors.values())).dtype]
+
+
+def _without_flags(checkpoint: Checkpoint) -> Checkpoint:
+    """Without fields that say of quantisation that there is none: engines ask for bitsandbytes all the same."""
+    config = {key: value for key, value in checkpoint.config.items() if key not in QUANTISATION}
+    return replace(checkpoint, config=config)
+
+
+def _untied(checkpoint: Checkpoint) -> Checkpoint:
+    """Where a tied model has a head of its own that differs, ``config`` says so: else readers take one or the other.
+
+    Cost: both matrices are read, only where there are both.
+    """
+    tensors = checkpoint.tensors
+    if not checkpoint.decoder.tied or HEAD not in tensors or _equal(tensors[HEAD], tensors[EMBEDDING]):
+        return checkpoint
+    note = (
+        f"{CONFIG} of the source says tie_word_embeddings: true, but its {HEAD} is not its embedding, and some engines "
+        "would take one, some the other; the output says false and uses the head, as transformers 5 does"
+    )
+    config, decoder = checkpoint.config | {"tie_word_embeddings": False}, replace(checkpoint.decoder, tied=False)
+    return replace(checkpoint, config=config, decoder=decoder, notes=(*checkpoint.notes, note))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and _digest(a) == _digest(b)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    found = hashlib.sha256()
+    with OpenFiles() as files:
+        for block in read_blocks(tensor, files):
+            found.update(block)
+    return found.digest()
 
 
 def _same_place(tensors: dict[str, Tensor], a: str, b: str) -> bool:

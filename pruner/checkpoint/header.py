@@ -63,8 +63,8 @@ def read_shard(path: Path) -> Shard:
             raise bad(f"is truncated: its header alone needs {8 + length} bytes and the file has {size}")
         raw = file.read(length)
     header = parse_json(raw, f"{path}: its header cannot be read")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise bad("its header's __metadata__ is not a map of strings")
 
     data_start = 8 + length

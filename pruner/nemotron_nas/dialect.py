@@ -128,6 +128,10 @@ def write_config(source: dict[str, Any], decoder: Decoder, path: Path) -> dict[s
     """
     config = {k: v for k, v in source.items() if k not in ("auto_map", "block_configs")} | rope_fields(source, path)
     if decoder.whole_blocks_only:
+        if config.get("layer_types"):  # one entry a layer, which transformers counts
+            config["layer_types"] = [
+                kind for kind, kept in zip(config["layer_types"], decoder.attention, strict=True) if kept
+            ]
         decoder = decoder.renumbered()
         return config | {
             "architectures": ["LlamaForCausalLM"],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruner import machine
 from pruner._version import __version__
+from pruner.checkpoint.generation import check_ids
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.progress import Progress, Step
@@ -84,6 +85,7 @@ class Job:
             torch.cuda.reset_peak_memory_stats(self.device)
         asked = self.calibration
         self.text = read_text(asked.text, load_tokenizer(self.checkpoint.path), asked.text_field)
+        check_ids(self.text.ids, self.checkpoint, self.text.path)
         context = self.checkpoint.decoder.context
         self.samples, self.length = how_many(self.text, context, asked.samples, asked.length, self.say)
         self.screen = min(self.samples, max(8, self.samples // SCREEN))

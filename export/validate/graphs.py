@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from export.deliver import export
+from export.layout import WriteOptions
 from export.onnx import GraphOptions
 from export.onnx.initializers import adjacent
 from export.onnx.runtime_files import runtime_files
@@ -39,7 +40,7 @@ class Graphs:
         if dtype is not None or not _lies_well(checkpoint):
             if name not in self._laid_out:
                 self._laid_out[name] = self._work / f"{name}-laid-out"
-                export(checkpoint.path, self._laid_out[name], dtype=dtype)
+                export(checkpoint.path, self._laid_out[name], options=WriteOptions(dtype=dtype))
                 self.copied += open_checkpoint(self._laid_out[name]).nbytes
             checkpoint = open_checkpoint(self._laid_out[name])
         path.mkdir()

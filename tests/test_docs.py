@@ -47,3 +47,10 @@ def test_pages_that_are_named_exist():
 
 def test_docs_have_three_rooms():
     assert {path.name for path in (ROOT / "docs").iterdir()} == {"guide", "reference", "notes"}
+
+
+def test_every_verb_is_on_the_page_of_the_command_line():
+    from export.cli.main import cli
+
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)", page, re.MULTILINE)) == set(cli.commands)

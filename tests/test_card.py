@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SHIPPED
@@ -47,17 +47,24 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``export.report.card`` by its signatures."""
-    module = types.ModuleType("export.report.for_card")
-    module.card_section = lambda results: f"| perplexity | {results['perplexity']} |\n"
-    row = dict(task_type="text-generation", task_name="Text Generation", dataset_type="text", dataset_name="Austen")
-    module.eval_results = lambda results: [
-        row | dict(metric_type="perplexity", metric_name="perplexity", metric_value=results["perplexity"])
-    ]
-    monkeypatch.setitem(sys.modules, "export.report", types.ModuleType("export.report"))
-    monkeypatch.setitem(sys.modules, "export.report.for_card", module)
+def measured(perplexity: float) -> dict[str, Any]:
+    """What ``results.json`` says, as far as the card takes it."""
+    estimate = {"value": 1.1, "low": 1.05, "high": 1.15}
+    values = {"original": {"value": 27.58}, "pruned": {"value": perplexity}, "ratio": estimate}
+    text = {"text": {"name": "Austen"}, "tokens": 4096, "window": 512, "stride": 256}
+    return {
+        "created": "2026-11-28T20:00:00Z",
+        "environment": {"gpu": None, "cpu": {"name": "a CPU"}, "prune_attn": {"version": "0.1.0"}},
+        "dtypes": {"torch": "float32"},
+        "accuracy": {"torch": {"perplexity": values, "agreement": {**estimate, "value": 0.8}, **text}},
+        "tasks": {},
+        "latency": {},
+        "models": {name: {"bytes": 10, "kv_cache_bytes_per_token": 4} for name in ("original", "pruned")},
+    }
+
+
+def perplexities(card: ModelCard) -> list[tuple[float, str]]:
+    return [(r.metric_value, r.dataset_name) for r in card.data.eval_results if r.metric_type == "perplexity"]
 
 
 def test_metadata(tmp_path):
@@ -172,22 +179,21 @@ def test_a_hostile_card_costs_nothing(tmp_path):
         assert set(data) == {"base_model", "library_name", "pipeline_tag", "tags"}
 
 
-def test_a_persons_metadata_is_not_rewritten(out, report):
+def test_a_persons_metadata_is_not_rewritten(out):
     """But for model-index: no text turns into a truth value, no comment goes."""
     front = "# mine\nlicense: mit\nlanguage: [en, no]\n"
     index = "model-index:\n- name: old\n\n  results: []\n"
     (out / "README.md").write_bytes(f"---\n{front}{index}date: 2023-07-18 # then\n---\n\n# Mine\n".encode())
     for _ in range(2):
-        update_card(out, {"perplexity": 31.5})
+        update_card(out, measured(31.5))
         text = (out / "README.md").read_text()
         assert f"---\n{front}date: 2023-07-18 # then\nmodel-index:\n- name: Mine\n" in text
         assert text.count("model-index") == text.count("- name: Mine") == 1
-        (result,) = ModelCard(text).data.eval_results
-        assert result.metric_value == 31.5
+        assert perplexities(ModelCard(text)) == [(31.5, "Austen")]
     flow = "---\n{license: mit}\n---\n# Mine\n"  # cannot be added to by lines
     (out / "README.md").write_text(flow)
     with pytest.raises(PruneAttnError, match=r"README\.md: its metadata"):
-        update_card(out, {"perplexity": 31.5})
+        update_card(out, measured(31.5))
     assert (out / "README.md").read_text() == flow
 
 
@@ -281,17 +287,16 @@ def test_snippets_run(out, engine, capsys):
         assert tokenizer.decode(tokens, skip_special_tokens=True).strip() in said
 
 
-def test_update(out, report):
+def test_update(out):
     before = (out / "README.md").read_text()
-    update_card(out, {"perplexity": 31.5})
+    update_card(out, measured(31.5))
     card = ModelCard((out / "README.md").read_text())
-    assert "| perplexity | 31.5 |" in card.text
+    assert "| perplexity | 27.58 | 31.50 |" in card.text
     assert "Not validated" not in card.text
-    (result,) = card.data.eval_results
-    assert (result.metric_value, result.dataset_name) == (31.5, "Austen")
+    assert perplexities(card) == [(31.5, "Austen")]
     assert card.data.model_name == "gutenberg-llama-5m, pruned"
     assert "model-index" in str(card)
-    update_card(out, {"perplexity": 30.25})  # again: in its place, not below
+    update_card(out, measured(30.25))  # again: in its place, not below
     text = (out / "README.md").read_text()
     assert text.count("| perplexity |") == 1
     assert "30.25" in text
@@ -302,9 +307,9 @@ def test_update(out, report):
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
 
 
-def test_a_persons_own_card_is_kept(out, report):
+def test_a_persons_own_card_is_kept(out):
     (out / "README.md").write_text("---\nlicense: mit\nwidget:\n- text: hi\n---\n\n# Mine\n\nMy words.\n")
-    update_card(out, {"perplexity": 31.5})
+    update_card(out, measured(31.5))
     card = ModelCard((out / "README.md").read_text())
     assert card.text.startswith("\n# Mine\n\nMy words.\n\n## Results\n")
     assert card.data.license == "mit"
@@ -312,10 +317,10 @@ def test_a_persons_own_card_is_kept(out, report):
     assert card.data.model_name == "Mine"
     (out / "README.md").write_text("---\nmodel-index: 5\nlicense: [\n---\n")
     with pytest.raises(PruneAttnError, match=r"README\.md: its metadata"):
-        update_card(out, {"perplexity": 31.5})
+        update_card(out, measured(31.5))
     (out / "README.md").unlink()
     with pytest.raises(PruneAttnError, match=r"README\.md: is missing"):
-        update_card(out, {"perplexity": 31.5})
+        update_card(out, measured(31.5))
 
 
 @pytest.mark.parametrize(

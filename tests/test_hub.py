@@ -229,6 +229,23 @@ def test_select(hub, run, tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["source"]["hub"]["repo_id"] == "own/llama-2-5m"
 
 
+def test_an_adapter_beside_full_weights(hub, run, tmp_path):
+    files = {f.name: f.read_bytes() for f in SHIPPED.iterdir()} | {"adapter_config.json": b"{}"}
+    hub.add("own/adapted", files)
+    for words in (("inspect", "own/adapted"), ("convert", "own/adapted", "out", "--drop", "2")):
+        assert "merge_and_unload" in run(*words, check=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_differs_is_seen_once_it_is_fetched(hub, run, tmp_path):
+    files = {f.name: f.read_bytes() for f in SHIPPED.iterdir()}
+    config = json.loads(files["config.json"]) | {"tie_word_embeddings": True}
+    hub.add("own/half-tied", files | {"config.json": json.dumps(config).encode()})
+    assert "tie_word_embeddings" in run("convert", "own/half-tied", "out", "--drop", "2").stdout
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    run("verify", "out", "--against", "own/half-tied")
+
+
 def test_convert_and_push(hub, run, tmp_path):
     done = run("convert", "own/llama-2-5m", "out", "--drop", "4", "--push", "user/other")
     assert "pushed: " in done.stdout

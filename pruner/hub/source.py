@@ -26,7 +26,7 @@ from pruner.checkpoint.meta import PARAMS, PART
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.client import _range, _status, _unreachable, _why_not, ask, beside, quiet
-from pruner.names import CARD, CONFIG, GENAI_CONFIG, GRAPH, INDEX, PLAN_FILE, PYTORCH, PYTORCH_INDEX, WEIGHTS
+from pruner.names import ADAPTER, CARD, CONFIG, GENAI_CONFIG, GRAPH, INDEX, PLAN_FILE, PYTORCH, PYTORCH_INDEX, WEIGHTS
 from pruner.progress import Progress, Step
 
 _ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
@@ -136,7 +136,7 @@ class HubModel:
                 f"{self.repo_id}: {what} and no safetensors, whose headers alone can be read from afar; fetch it with "
                 f"`hf download {self.repo_id} --local-dir DIR` and give DIR"
             )
-        names = [CONFIG, PLAN_FILE] + ([] if WEIGHTS in self.sizes else [INDEX])
+        names = [CONFIG, PLAN_FILE, ADAPTER] + ([] if WEIGHTS in self.sizes else [INDEX])
         directory = self.download(names)
         with quiet(), tempfile.TemporaryDirectory(prefix="prune-attn-") as place, ThreadPoolExecutor(8) as pool:
             for name in names:
@@ -166,7 +166,7 @@ class HubModel:
                 f"{self.repo_id}: has {gguf} weights that can be read; give a repository with safetensors"
             )
         extra = (GRAPH, GENAI_CONFIG) if runtime else ()
-        others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, PARAMS, *_BESIDES, *extra)]
+        others = [n for n in self.sizes if is_companion(n) or n in (CONFIG, PARAMS, ADAPTER, *_BESIDES, *extra)]
         return self.download([*others, *weights, *also], progress)
 
     def _safetensors(self, directory: Path) -> list[str]:

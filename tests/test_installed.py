@@ -85,3 +85,9 @@ def test_two_that_overwrite_each_other_are_found(tmp_path, cli, monkeypatch):
     assert done.returncode == 2
     assert "onnxruntime and onnxruntime-gpu are both installed" in done.stderr
     assert f"pip uninstall -y onnxruntime onnxruntime-gpu, then {EXTRAS}" in done.stderr
+    for name in ("onnxruntime", "onnxruntime_gpu"):  # each in a folder of its own: nothing is overwritten
+        (tmp_path / name).mkdir()
+        (tmp_path / "site" / f"{name}-1.31.1.dist-info").rename(tmp_path / name / f"{name}-1.31.1.dist-info")
+    apart = (str(ROOT), str(tmp_path / "onnxruntime"), str(tmp_path / "onnxruntime_gpu"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(apart))
+    assert cli("generate", out, "--prompt", "It was", "--new-tokens", 2).returncode == 0

@@ -11,7 +11,7 @@ import ctypes
 import io
 import os
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _CUDA_ENTRIES = {"session.use_device_allocator_for_initializers": "1"}
 def why_not_installed() -> str | None:
     """What is wrong with the installed ONNX Runtime, and the cure: it is not there, or there twice."""
     cure = "pip install '.[cuda]' (NVIDIA GPU) or '.[cpu]' in the clone of prune-attn"
-    if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
+    if _place("onnxruntime") is not None and _place("onnxruntime") == _place("onnxruntime-gpu"):
         return (
             "onnxruntime and onnxruntime-gpu are both installed, and one has overwritten the other; "
             f"pip uninstall -y onnxruntime onnxruntime-gpu, then {cure}"
@@ -44,11 +44,12 @@ def why_not_installed() -> str | None:
     return None
 
 
-def _installed(package: str) -> bool:
+def _place(package: str) -> str | None:
+    """The folder that a package is installed in: two overwrite each other only in one and the same."""
     try:
-        return bool(version(package))
+        return os.path.realpath(str(distribution(package).locate_file("")))
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def open_runtime(

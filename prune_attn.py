@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what an editor shows; ``__getattr__`` imports the same
     from export.report.compare import report
     from export.select import Selected, select
     from export.sweep.job import sweep
+    from export.validate.limits import Limits
+    from export.validate.options import Accuracy, Compute, Latency, Tasks
     from export.validate.run import Validation, validate
     from export.verify import Verification, verify
     from pruner import register
@@ -45,6 +47,8 @@ _PLACES = {
     "export.report.compare": ("report",),
     "export.select": ("Selected", "select"),
     "export.sweep.job": ("sweep",),
+    "export.validate.limits": ("Limits",),
+    "export.validate.options": ("Accuracy", "Compute", "Latency", "Tasks"),
     "export.validate.run": ("Validation", "validate"),
     "export.verify": ("Verification", "verify"),
     "pruner": ("register",),

@@ -16,7 +16,7 @@ from export.report.compare import report
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
-from prune_attn import Calibration, Drop, SavedPlan, convert, export, push, verify
+from prune_attn import Accuracy, Calibration, Compute, Drop, SavedPlan, convert, export, push, verify
 from pruner.errors import PruneAttnError
 from pruner.plan import parse_drop
 from pruner.summary import inspect
@@ -54,8 +54,8 @@ def test_home_in_quotes_from_python(home):
     sweep("~/model", "~/swept", text="~/text", calibration="~/other", strategy="similarity", fractions="4", window=64,
           limit=2, rounds=0, **small)  # fmt: skip
     (home / "work").mkdir()
-    options = {"only": "accuracy", "backend": "torch", "max_tokens": 600, "window": 64}
-    validate("~/model", "~/out", "~/measured", text="~/text", work="~/work", **options)
+    accuracy, compute = Accuracy("~/text", max_tokens=600, window=64), Compute("torch", work="~/work")
+    validate("~/model", "~/out", "~/measured", accuracy=accuracy, latency=None, compute=compute)
     report(["~/measured/results.json"], "~/rendered")
     made = {path.name for path in home.iterdir()}
     assert {"out", "plan.json", "planned", "laid-out", "out.gguf", "swept", "measured", "rendered"} < made

@@ -14,7 +14,7 @@ from export.generate import generate
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
-from prune_attn import WriteOptions, convert
+from prune_attn import Compute, Latency, WriteOptions, convert
 from pruner import machine
 from pruner.errors import PruneAttnError
 
@@ -137,9 +137,11 @@ def test_validate_takes_nothing_from_a_run_with_other_threads(pruned, tmp_path, 
     from pruner.evaluate import latency
 
     def run(threads):
-        short = {"batch": "1", "prompt": "16,32", "new_tokens": 2, "repeats": 3, "seconds": 0, "compiled": False}
-        options = {"only": "latency", "backend": "torch", "dtype": "float32", "threads": threads} | short
-        return validate(SHIPPED, pruned, tmp_path / "report", **options).results
+        short = Latency(batches="1", prompts="16,32", new_tokens=2, repeats=3, seconds=0, compiled=False)
+        compute = Compute("torch", dtype="float32", threads=threads)
+        return validate(
+            SHIPPED, pruned, tmp_path / "report", latency=short, same_function=False, compute=compute
+        ).results
 
     stopped(lambda: run(1), monkeypatch, latency, "run_in_turn")
     assert any("earlier run" in note for note in run(1)["notes"])

@@ -15,12 +15,16 @@ from export.cli import bars
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
-from prune_attn import WriteOptions, convert
+from prune_attn import Compute, Latency, WriteOptions, convert
 from pruner.progress import Stages, Step, keeping
 
 SMALL = {"text": TEXT, "samples": 8, "length": 16}
-SHORT = {"batch": "1", "prompt": "16", "new_tokens": 2, "repeats": 3, "seconds": 0, "compiled": False}
-QUICK = {"only": "same-function,latency", "backend": "torch", "dtype": "float32"} | SHORT
+QUICK = {
+    "latency": Latency(batches="1", prompts="16", new_tokens=2, repeats=3, seconds=0, compiled=False),
+    "compute": Compute(backends="torch", dtype="float32"),
+}
+QUICKLY = ["--only=same-function,latency", "--backend=torch", "--dtype=float32", "--batch=1", "--prompt=16"]
+QUICKLY += ["--new-tokens=2", "--repeats=3", "--seconds=0"]
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +191,7 @@ def test_errors_get_no_note():
 
 
 def test_in_a_pipe(pruned, wide, tmp_path, cli):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items() if name != "compiled"]
-    run = ["validate", wide, pruned, "-o", tmp_path / "report", "--json", *options]
+    run = ["validate", wide, pruned, "-o", tmp_path / "report", "--json", *QUICKLY]
     done = cli(*run, check=0)
     assert json.loads(done.stdout)["format"]
     assert done.stderr.startswith("validating: ")
@@ -229,9 +232,8 @@ def test_nobody_reads(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_tells_what_was_kept(pruned, wide, tmp_path, signum):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items() if name != "compiled"]
     report = tmp_path / "report"
-    run = [sys.executable, "-m", "export.cli", "validate", wide, pruned, "-o", report, *options, "--prompt=16,32,48,64"]
+    run = [sys.executable, "-m", "export.cli", "validate", wide, pruned, "-o", report, *QUICKLY, "--prompt=16,32,48,64"]
     process = subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while process.poll() is None and len(list(report.glob("unfinished/*.json"))) < 3:
         time.sleep(0.01)

@@ -18,7 +18,7 @@ import export.cli.main
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
-from prune_attn import Calibration, Layers, WriteOptions, convert
+from prune_attn import Accuracy, Calibration, Compute, Layers, WriteOptions, convert
 from pruner import PruneAttnError
 from pruner.select.evaluator import Evaluator
 from pruner.select.exhaustive import exhaustive
@@ -138,7 +138,8 @@ def test_sweep_and_validate_read_json_lines(texts, tmp_path):
     with pytest.raises(PruneAttnError, match="is the calibration text too"):
         sweep(SHIPPED, tmp_path / "t", text=[texts / "data.jsonl", TEXT], calibration=texts / "plain.txt", rounds=0)
     pruned = convert(SHIPPED, tmp_path / "pruned", Layers([2]), options=WriteOptions(graph=None)).output
-    measured = validate(SHIPPED, pruned, tmp_path / "r", **options, only="accuracy", backend="torch").results
+    asked, compute = Accuracy(texts / "content.ndjson", "content", window=64), Compute("torch")
+    measured = validate(SHIPPED, pruned, tmp_path / "r", accuracy=asked, latency=None, compute=compute).results
     measured = measured["accuracy"]["torch"]
     assert measured["text"]["sha256"] == known
     assert measured["text"]["tokens"] == len(load_tokenizer(SHIPPED)(PLAIN, add_special_tokens=False)["input_ids"])
@@ -151,7 +152,7 @@ def test_sweep_and_validate_read_json_lines(texts, tmp_path):
 def measured(monkeypatch):
     """Run ``convert`` here; what it would then validate with is returned, and whether it chose by a text."""
     seen: list[dict] = []
-    monkeypatch.setattr(export.cli.convert, "run_validation", lambda *args: seen.append(args[4]))
+    monkeypatch.setattr(export.cli.convert, "run_validation", lambda measure, *_: seen.append(measure.keywords))
 
     def run(*args: object) -> tuple[dict | None, Exception | None]:
         seen.clear()
@@ -178,10 +179,11 @@ def test_text_is_always_the_calibration_text(measured, texts, tmp_path):
     )):  # fmt: skip
         options, error = measured(tmp_path / str(i), "--validate", *args)
         assert error is None
-        assert options["text"] == validated
+        accuracy = options["accuracy"]
+        assert (accuracy and accuracy.text) == validated
         plan = json.loads((tmp_path / str(i) / "pruning_plan.json").read_text())
         assert tuple(plan["attention"]) == chosen
-    assert options["text_field"] == "content"
+    assert accuracy.text_field == "content"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_texts_that_do_not_fit_are_refused_before_anything_is_written(measured, 
 
 def test_without_a_text_to_measure_on_the_report_says_so(tmp_path):
     pruned = convert(SHIPPED, tmp_path / "pruned", Layers([2]), options=WriteOptions(graph=None)).output
-    results = validate(SHIPPED, pruned, backend="torch", only="same-function").results
+    results = validate(SHIPPED, pruned, latency=None, compute=Compute("torch")).results
     assert results["same_function"]["ok"]
     assert not results["accuracy"]
     assert any("--validation-text" in note for note in results["notes"])
@@ -273,8 +275,9 @@ def test_validate_and_sweep_name_the_tensor(broken, tmp_path):
     with pytest.raises(PruneAttnError, match=name):
         sweep(source, tmp_path / "s", text=TEXT, fractions="2", window=64, limit=1, rounds=0)
     pruned = convert(source, tmp_path / "pruned", 2, options=WriteOptions(graph=None)).output
+    asked = Accuracy(TEXT, window=64, max_tokens=640)
     with pytest.raises(PruneAttnError, match=name):
-        validate(source, pruned, only="accuracy", text=TEXT, backend="torch", window=64, max_tokens=640)
+        validate(source, pruned, accuracy=asked, latency=None, compute=Compute("torch"))
 
 
 def test_sets_whose_loss_is_no_number_are_never_chosen():

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from export.convert import convert
+from export.report import UNFINISHED
 from export.report.compare import report
 from export.report.for_card import card_section, eval_results
-from export.validate.parts import FOLDER
 from export.validate.run import validate
-from prune_attn import Layers, WriteOptions
+from prune_attn import Accuracy, Compute, Latency, Layers, Limits, Tasks, WriteOptions
 from pruner.errors import PruneAttnError
 from pruner.evaluate import agreement, bootstrap
 from pruner.model import TorchLanguageModel
@@ -28,7 +28,9 @@ from pruner.model import TorchLanguageModel
 ROOT = Path(conftest.__file__).parents[1]
 SCHEMA = json.loads((ROOT / "export/report/results.schema.json").read_text())
 LAYERS = [1, 4, 6, 7]
-QUICK = dict(window=128, stride=64, max_tokens=1024, batch="1,2", prompt="16,32", new_tokens=4, repeats=3, seconds=1)
+ACCURACY = Accuracy(conftest.TEXT, window=128, stride=64, max_tokens=1024)
+LATENCY = Latency(batches=(1, 2), prompts="16,32", new_tokens=4, repeats=3, seconds=1)
+TORCH = Compute(backends="torch")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def pair(tmp_path_factory):
     """(original, pruned), the whole validation of them, done once."""
     directory = tmp_path_factory.mktemp("validate") / "pruned"
     convert(conftest.SHIPPED, directory, Layers(LAYERS), options=WriteOptions(dtype="float32"))
-    return conftest.SHIPPED, directory, validate(conftest.SHIPPED, directory, text=conftest.TEXT, **QUICK)
+    return conftest.SHIPPED, directory, validate(conftest.SHIPPED, directory, accuracy=ACCURACY, latency=LATENCY)
 
 
 def test_results_keep_the_schema(pair):
@@ -112,14 +114,12 @@ def test_limits_just_above_and_below(pair, tmp_path):
     original, pruned, done = pair
     increase = done.results["accuracy"]["torch"]["perplexity"]["ratio"]["value"] - 1
     same = done.results["accuracy"]["torch"]["agreement"]["value"]
-    options = QUICK | dict(text=conftest.TEXT, only="accuracy", backend="torch", output=tmp_path / "r")
-    kept = validate(
-        original, pruned, max_perplexity_increase=f"{100 * increase + 0.01}%", min_agreement=same - 1e-4, **options
-    )
+    options = dict(accuracy=ACCURACY, latency=None, compute=TORCH, output=tmp_path / "r")
+    kept = validate(original, pruned, limits=Limits(increase + 1e-4, min_agreement=same - 1e-4), **options)
     assert (kept.exit_code, kept.problems) == (0, [])
     # same seed, same numbers
     assert kept.results["accuracy"]["torch"] == done.results["accuracy"]["torch"]
-    broken = validate(original, pruned, max_perplexity_increase=increase - 1e-4, min_agreement=same + 1e-4, **options)
+    broken = validate(original, pruned, limits=Limits(increase - 1e-4, min_agreement=same + 1e-4), **options)
     assert broken.exit_code == 3
     assert len(broken.problems) == 2
     assert all(word in " ".join(broken.problems) for word in ("--max-perplexity-increase", "--min-agreement"))
@@ -127,17 +127,17 @@ def test_limits_just_above_and_below(pair, tmp_path):
 
 def test_goes_on_where_it_was_stopped(pair, tmp_path, monkeypatch):
     original, pruned, done = pair
-    options = QUICK | dict(text=conftest.TEXT, only="accuracy", backend="torch", output=tmp_path / "r")
+    options = dict(accuracy=ACCURACY, latency=None, compute=TORCH, output=tmp_path / "r")
     with monkeypatch.context() as patch:
         patch.setattr(agreement, "greedy_match", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             validate(original, pruned, **options)
     assert not (tmp_path / "r/results.json").exists()
-    assert not list((tmp_path / "r" / FOLDER).glob("graphs*"))
+    assert not list((tmp_path / "r" / UNFINISHED).glob("graphs*"))
     monkeypatch.setattr(agreement, "compare", None)  # would be called again only if the saved part were not used
     again = validate(original, pruned, **options)
     assert again.results["accuracy"]["torch"] == done.results["accuracy"]["torch"]
-    assert not (tmp_path / "r" / FOLDER).exists()
+    assert not (tmp_path / "r" / UNFINISHED).exists()
 
 
 def test_report_again_and_side_by_side(pair, tmp_path, cli):
@@ -154,8 +154,9 @@ def test_report_again_and_side_by_side(pair, tmp_path, cli):
 
 def test_memory_where_there_is_room_for_two_steps_only(pair, tmp_path):
     """The session is opened for the prompt and the new tokens, no more."""
-    options = dict(batch="1", prompt="16", new_tokens=2, repeats=3, seconds=1, backend="onnx", only="latency")
-    done = validate(*pair[:2], output=tmp_path / "report", **options)
+    short = Latency(batches=[1], prompts=[16], new_tokens=2, repeats=3, seconds=1)
+    compute = Compute(backends=["onnx"])
+    done = validate(*pair[:2], tmp_path / "report", latency=short, same_function=False, compute=compute)
     memory = done.results["latency"]["onnx"]["memory"]
     assert all(memory[model]["peak_rss_bytes"] > 0 for model in ("original", "pruned"))
     assert not any("memory" in note for note in done.results["notes"])
@@ -267,23 +268,41 @@ def test_greedy_match_counts_until_the_first_difference(shipped, text_ids):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(text="absent.txt"), "no such text file"),
-        (dict(only="accuracy"), "--text"),
-        (dict(backend="tensorrt"), "choose of torch, onnx"),
-        (dict(prompt="1000", new_tokens=100), "do not fit the context"),
-        (dict(batch="0"), "--batch"),
-        (dict(min_agreement="high"), "no number"),
-        (dict(min_agreement="0.5"), "not measured"),
-        (dict(device="cuda"), "CUDA"),
-        (dict(tasks="no_such_task_anywhere"), "no_such_task_anywhere"),
+        (dict(accuracy=Accuracy("absent.txt")), "no such text file"),
+        (dict(compute=Compute(backends="tensorrt")), "choose of torch, onnx"),
+        (dict(latency=Latency(prompts="1000", new_tokens=100)), "do not fit the context"),
+        (dict(latency=Latency(batches="0")), "--batch"),
+        (dict(latency=Latency(batches=[])), "--batch"),
+        (dict(latency=None, same_function=False), "nothing is to be measured"),
+        (dict(limits=Limits(min_agreement=0.5)), "not measured"),
+        (dict(compute=Compute(device="cuda")), "CUDA"),
+        (dict(tasks=Tasks("no_such_task_anywhere")), "no_such_task_anywhere"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(pair, tmp_path, options, message):
     original, pruned, _ = pair
-    if options.get("device") == "cuda" and torch.cuda.is_available():
+    if options.get("compute") == Compute(device="cuda") and torch.cuda.is_available():
         pytest.skip("has CUDA")
     with pytest.raises(PruneAttnError, match=message):
         validate(original, pruned, tmp_path / "r", **options)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "accuracy"], "add --text FILE"),
+        (["--only", "tasks"], "say which"),
+        (["--only", "speed"], "choose of same-function, accuracy, tasks, latency"),
+        (["--only", "same-function", "--batch", "1"], "--batch is for latency, which is not asked for"),
+        (["--window", "64"], "--window is for accuracy, which is not asked for"),
+        (["--min-agreement", "high"], "is no number"),
+        (["--min-agreement", "80"], "is more than all"),
+        (["--min-decode-speedup", "1.1", "--only", "same-function"], "add latency in --only"),
+    ],
+)
+def test_options_that_do_not_go_together(pair, tmp_path, options, message, cli):
+    assert message in cli("validate", *pair[:2], "-o", tmp_path / "r", *options, check=2).stderr
     assert not (tmp_path / "r").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from functools import partial
 from typing import Any
 
 import click
@@ -116,11 +117,14 @@ def convert(
     for pushed in result.pushed:
         show_push(pushed)
     if then_validate:
-        from export.validate.run import brief
+        from export.validate.options import Compute
+        from export.validate.run import brief, validate
 
         with keeping(lambda: f"{output} is whole"):
-            measuring = {"text": validation_text, "text_field": field, "threads": threads, **brief()}
-            run_validation(str(result.source), output, False, quiet, measuring)
+            accuracy, latency = brief(validation_text, field)
+            compute = Compute(threads=threads)
+            measure = partial(validate, result.source, output, accuracy=accuracy, latency=latency, compute=compute)
+            run_validation(measure, False, quiet)
 
 
 def check_validation_text(measured: list[str], chosen: list[str] | None, field: str | None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,11 +14,17 @@ from export.cli.options import JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS, gi
 from export.cli.show import echo, make_table, print_json, say
 from pruner.errors import PruneAttnError
 
+if TYPE_CHECKING:
+    from export.validate.run import Validation
+
+# the fields of ``export.validate.options`` in their order, as options are called here
 _OF_PART = {
     "accuracy": ("text", "text_field", "window", "stride", "bos", "max_tokens"),
     "tasks": ("tasks", "limit"),
     "latency": ("batch", "prompt", "new_tokens", "repeats", "seconds", "compiled"),
 }
+_OF_COMPUTE = ("backend", "device", "dtype", "seed", "threads", "work")
+_LIMITS = ("max_perplexity_increase", "min_agreement", "min_task_average_ratio", "min_decode_speedup")
 
 
 @click.command()
@@ -64,19 +72,51 @@ def validate(original: str, pruned: str, as_json: bool, quiet: bool, **options: 
     A run that was stopped goes on where it was when it is started again. Exits with 1 where PRUNED is not ORIGINAL
     without those sublayers.
     """
-    only = options["only"]
-    for part, names in _OF_PART.items():
-        measured = part in only if only is not None else part == "latency" or options[names[0]]
-        for name in () if measured else filter(given, names):
-            raise PruneAttnError(f"--{name.replace('_', '-')} is for {part}, which is not asked for; leave it out")
-    run_validation(original, pruned, as_json, quiet, options)
-
-
-def run_validation(original: str, pruned: str, as_json: bool, quiet: bool, options: dict[str, Any]) -> None:
     from export.validate.run import validate
 
+    wanted = _wanted(options.pop("only"), options)
+    measure = partial(validate, original, pruned, options.pop("output"), **_parts(wanted, options))
+    run_validation(measure, as_json, quiet)
+
+
+def _wanted(only: str | None, options: dict[str, Any]) -> list[str]:
+    """The parts that are asked for; options of another part are refused."""
+    from export.validate.options import PARTS
+    from export.validate.setting import choices
+
+    wanted = [p for p in PARTS if (p != "accuracy" or options["text"]) and (p != "tasks" or options["tasks"])]
+    if only is not None:
+        wanted = choices(only, PARTS, "--only")
+    for part, names in _OF_PART.items():
+        for name in () if part in wanted else filter(given, names):
+            raise PruneAttnError(f"--{name.replace('_', '-')} is for {part}, which is not asked for; leave it out")
+    if "accuracy" in wanted and options["text"] is None:
+        raise PruneAttnError("accuracy needs a text that neither model has seen; add --text FILE")
+    if "tasks" in wanted and not options["tasks"]:
+        raise PruneAttnError("--only tasks: say which, for example --tasks openllm")
+    return wanted
+
+
+def _parts(wanted: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``validate`` that these options stand for."""
+    from export.validate.limits import Limits
+    from export.validate.options import Accuracy, Compute, Latency, Tasks
+
+    asked = {
+        part: kind(*(options[name] for name in _OF_PART[part])) if part in wanted else None
+        for part, kind in (("accuracy", Accuracy), ("tasks", Tasks), ("latency", Latency))
+    }
+    return asked | {
+        "same_function": "same-function" in wanted,
+        "compute": Compute(*(options[name] for name in _OF_COMPUTE)),
+        "limits": Limits.parse(*(options[name] for name in _LIMITS)),
+    }
+
+
+def run_validation(measure: Callable[..., Validation], as_json: bool, quiet: bool) -> None:
+    """Run it with a progress, and show what it found. Exits where the function or a limit is broken."""
     with show_progress(quiet) as progress:
-        done = validate(original, pruned, progress=progress, **options)
+        done = measure(progress=progress)
     if as_json:
         print_json(done.results)
     elif done.exit_code != 1:

@@ -9,3 +9,4 @@ from __future__ import annotations
 FORMAT = "prune-attn results"
 VERSION = 1
 RESULTS = "results.json"
+UNFINISHED = "unfinished"  # the folder, beside them, of what a run that was stopped had finished

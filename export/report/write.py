@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from export.report import FORMAT, RESULTS, VERSION, content, plots
+from export.report import FORMAT, RESULTS, UNFINISHED, VERSION, content, plots
 from export.report.render import _html, _markdown
 from pruner.errors import PruneAttnError
 from pruner.files import read_json, replace_file
@@ -57,9 +57,7 @@ def is_ours(name: str) -> bool:
 
 
 def _ours() -> set[str]:
-    from export.validate.parts import FOLDER
-
-    return {*REPORT_FILES, FOLDER, "compare.png", *(f"{name}.png" for name in plots.FIGURES)}
+    return {*REPORT_FILES, UNFINISHED, "compare.png", *(f"{name}.png" for name in plots.FIGURES)}
 
 
 def _write(output: Path, files: dict[str, bytes]) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pruner
 from pruner.checkpoint import Checkpoint
+from pruner.errors import PruneAttnError
 from pruner.machine import PACKAGES, cpu_name, package_version, threads
 from pruner.record import read_record
 from pruner.summary import totals
@@ -73,6 +74,36 @@ def pruning_facts(original: Checkpoint, pruned: Checkpoint, attention: list[int]
         "requested": record.get("requested"),
         "converted_to": record.get("converted_to"),
     }
+
+
+def dropped_layers(original: Checkpoint, pruned: Checkpoint) -> tuple[list[int], list[int]]:
+    """Attention and MLP layers, in the original's numbers, that the pruned directory lacks.
+
+    Raises ``PruneAttnError`` where it cannot be what is left of the original, or all is left.
+    """
+    why = f"{pruned.path}: is not made from {original.path}"
+    a, b = original.decoder, pruned.decoder
+    record = read_record(pruned.path)
+    source = record["source"] if record else {}
+    ours = original.fingerprint()
+    if record and all(source.get(key) == ours[key] for key in ("config_sha256", "shards")):
+        gone = {"attention": record["attention"], "mlp": record["mlp"]}
+    elif a.num_layers == b.num_layers:  # pruned more than once, or by another tool
+        gone = {kind: sorted(set(a.present(kind)) - set(b.present(kind))) for kind in ("attention", "mlp")}
+    else:
+        raise PruneAttnError(
+            f"{why} ({b.num_layers} layers of {a.num_layers}, and no record says which); name its source"
+        )
+    if not any(gone.values()):
+        raise PruneAttnError(f"{pruned.path}: lacks no sublayer of {original.path}; give what convert wrote of it")
+    left = a.without(gone["attention"], gone["mlp"])
+    expected = (left.renumbered() if b.num_layers != a.num_layers and left.whole_blocks_only else left).tensors()
+    if expected.keys() - {"lm_head.weight"} != pruned.decoder.tensors().keys() - {"lm_head.weight"}:
+        raise PruneAttnError(f"{why}: its layers are not what is left of it; name its source")
+    for name, shape in pruned.decoder.tensors().items():
+        if expected.get(name, shape) != shape:
+            raise PruneAttnError(f"{why}: {name!r} has shape {list(shape)} and not {list(expected[name])}")
+    return list(gone["attention"]), list(gone["mlp"])
 
 
 def _read_by_row(checkpoint: Checkpoint) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from export.validate.footprint import open_model
+from export.validate.models import CHECKED, Bench
 from export.verify import Verification, compare_tensors
 from pruner.checkpoint import Checkpoint
+from pruner.checkpoint.load import check_finite
 from pruner.errors import PruneAttnError
 from pruner.model import LanguageModel, TorchLanguageModel
 from pruner.progress import Progress
-from pruner.record import read_record
 
 # Relative error of logits that rounding explains. Bit-equality is expected in PyTorch; another order of summation (a
 # tensor aligned differently) is forgiven only where every tensor was compared byte for byte.
@@ -23,34 +26,46 @@ class NotFiniteError(PruneAttnError):
     """The original's own logits hold what is no number."""
 
 
-def dropped_layers(original: Checkpoint, pruned: Checkpoint) -> tuple[list[int], list[int]]:
-    """Attention and MLP layers, in the original's numbers, that the pruned directory lacks.
+def check_same_function(bench: Bench) -> dict[str, Any]:
+    """Bytes, then PyTorch's logits, then model.onnx's: each only where what comes before it is right."""
+    setting, part = bench.setting, bench.parts.part
+    original, pruned = setting.checkpoints.values()
+    rows, tokens = CHECKED[0], min(CHECKED[1], setting.context)
+    ids = np.asarray(setting.ids[: rows * tokens], dtype=np.int64).reshape(rows, tokens)
 
-    Raises ``PruneAttnError`` where it cannot be what is left of the original, or all is left.
-    """
-    why = f"{pruned.path}: is not made from {original.path}"
-    a, b = original.decoder, pruned.decoder
-    record = read_record(pruned.path)
-    source = record["source"] if record else {}
-    ours = original.fingerprint()
-    if record and all(source.get(key) == ours[key] for key in ("config_sha256", "shards")):
-        gone = {"attention": record["attention"], "mlp": record["mlp"]}
-    elif a.num_layers == b.num_layers:  # pruned more than once, or by another tool
-        gone = {kind: sorted(set(a.present(kind)) - set(b.present(kind))) for kind in ("attention", "mlp")}
-    else:
-        raise PruneAttnError(
-            f"{why} ({b.num_layers} layers of {a.num_layers}, and no record says which); name its source"
-        )
-    if not any(gone.values()):
-        raise PruneAttnError(f"{pruned.path}: lacks no sublayer of {original.path}; give what convert wrote of it")
-    left = a.without(gone["attention"], gone["mlp"])
-    expected = (left.renumbered() if b.num_layers != a.num_layers and left.whole_blocks_only else left).tensors()
-    if expected.keys() - {"lm_head.weight"} != pruned.decoder.tensors().keys() - {"lm_head.weight"}:
-        raise PruneAttnError(f"{why}: its layers are not what is left of it; name its source")
-    for name, shape in pruned.decoder.tensors().items():
-        if expected.get(name, shape) != shape:
-            raise PruneAttnError(f"{why}: {name!r} has shape {list(shape)} and not {list(expected[name])}")
-    return list(gone["attention"]), list(gone["mlp"])
+    def bytes_alike(progress: Progress) -> dict[str, Any]:
+        return compare_bytes(original, pruned, setting.attention, setting.mlp, progress)
+
+    def torch_alike(_: Progress) -> dict[str, Any]:
+        models = bench.models.both("torch").values()
+        try:
+            return compare_torch(*models, ids, setting.attention, setting.mlp, setting.dtypes["torch"])
+        except NotFiniteError:
+            check_finite(original)  # another dtype is no cure for a weight that is NaN
+            raise
+
+    def onnx_alike(_: Progress) -> dict[str, Any]:
+        model = bench.models.both("torch")["pruned"]
+        session = open_model("onnx", pruned.path, setting.device, None, tokens)  # the very file that is shipped
+        return compare_onnx(model, session, ids, setting.stored)
+
+    facts = {"bytes": part("same-bytes", None, "comparing the tensors", bytes_alike), "torch": None, "onnx": None}
+    if facts["bytes"]["ok"]:
+        facts["torch"] = part("same-torch", ids.tolist(), "comparing logits, torch", torch_alike)
+        if facts["torch"]["ok"] and "onnx" in setting.backends:
+            facts["onnx"] = part("same-onnx", ids.tolist(), "comparing logits, onnx", onnx_alike)
+    return facts | {"ok": all(found["ok"] for found in facts.values() if found is not None)}
+
+
+def differences(function: dict[str, Any]) -> Iterator[str]:
+    """A line for each thing that keeps it from being the same function."""
+    yield from function["bytes"]["problems"]
+    for part, what in (("torch", "the original with those sublayers switched off"), ("onnx", "PyTorch")):
+        facts = function[part]
+        if facts is not None and not facts["ok"]:
+            size = "are not finite" if facts["relative_error"] is None else f"are off by {facts['relative_error']:.1e}"
+            who = "the pruned model's" if part == "torch" else "model.onnx's"
+            yield f"{who} logits {size} against {what}; convert again"
 
 
 def compare_bytes(

@@ -22,18 +22,19 @@ class Limits:
     @classmethod
     def parse(cls, *values: str | float | None) -> Limits:
         """The four limits in the order above, each a number or a percentage."""
-        limits = cls(*(_fraction(name, value) for name, value in zip(cls.__annotations__, values, strict=True)))
-        if limits.min_agreement is not None and limits.min_agreement > 1:
-            raise PruneAttnError(f"--min-agreement {limits.min_agreement:g} is more than all; write for example 80%")
-        return limits
+        return cls(*(_fraction(name, value) for name, value in zip(cls.__annotations__, values, strict=True)))
 
-    def need(self, parts: list[str], tasks: bool) -> None:
+    def __post_init__(self) -> None:
+        if self.min_agreement is not None and self.min_agreement > 1:
+            raise PruneAttnError(f"--min-agreement {self.min_agreement:g} is more than all; write for example 80%")
+
+    def need(self, accuracy: bool, tasks: bool, latency: bool) -> None:
         """Raise ``PruneAttnError`` for a limit whose value this run would not measure."""
         for name, part, there in (
-            ("max_perplexity_increase", "--text", "accuracy" in parts),
-            ("min_agreement", "--text", "accuracy" in parts),
+            ("max_perplexity_increase", "--text", accuracy),
+            ("min_agreement", "--text", accuracy),
             ("min_task_average_ratio", "--tasks", tasks),
-            ("min_decode_speedup", "latency in --only", "latency" in parts),
+            ("min_decode_speedup", "latency in --only", latency),
         ):
             if getattr(self, name) is not None and not there:
                 raise PruneAttnError(f"{_option(name)} limits what is not measured; add {part}")

@@ -6,21 +6,34 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from export.report import UNFINISHED
 from pruner.errors import PruneAttnError
 from pruner.files import read_json, replace_file
-
-FOLDER = "unfinished"
+from pruner.progress import Progress, Stages
 
 
 class Parts:
-    """JSON values by name in ``OUTPUT/unfinished``; one counts only with the same ``key``: models and options."""
+    """JSON values by name in ``OUTPUT/unfinished``; one counts only with the same ``key``: models and options.
 
-    def __init__(self, output: Path, key: Any) -> None:
-        self._folder, self._key = output / FOLDER, _digest(key)
+    ``stages`` is told of each.
+    """
+
+    def __init__(self, output: Path, key: Any, stages: Stages) -> None:
+        self._folder, self._key, self.stages = output / UNFINISHED, _digest(key), stages
         self.reused: list[str] = []
+
+    def part(self, name: str, options: Any, status: str, make: Callable[[Progress], Any]) -> Any:
+        """A part of the results: taken from an earlier run, or made and saved."""
+        value = self.saved(name, options)
+        if value is not None:
+            self.stages.skip(name)
+            return value
+        with self.stages.stage(name, status) as progress:
+            return self.save(name, options, make(progress))
 
     def saved(self, name: str, options: Any) -> Any:
         """``None`` where this part was not finished, with these options."""
@@ -43,9 +56,24 @@ class Parts:
     def _path(self, name: str) -> Path:
         return self._folder / f"{re.sub('[^A-Za-z0-9._@-]', '_', name)[:150]}-{_digest(name)[:8]}.json"
 
+    def told(self) -> str:
+        """What a run that is stopped leaves."""
+        count = len(list(self._folder.glob("*.json")))
+        if not count:
+            return "nothing was finished that could be kept"
+        return f"{count} finished parts are kept in {self._folder}; the same command goes on from there"
+
     def remove(self) -> None:
         """All is written where it belongs."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def remove_empty(self) -> None:
+        """Where nothing was finished: the folder, and the output's if nothing else lies in it."""
+        output = self._folder.parent
+        if output.is_dir() and not any(self._folder.glob("*.json")):
+            self.remove()
+            if not any(output.iterdir()):
+                output.rmdir()
 
 
 def _digest(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,10 @@ from export.cli.show import echo, make_table, print_json, show_push
 from export.cli.validate import run_validation
 from pruner.errors import PruneAttnError
 from pruner.progress import format_bytes, keeping
+
+if TYPE_CHECKING:
+    from export.convert import Conversion
+    from pruner.hub.source import Revision
 
 
 @click.command()
@@ -63,15 +67,7 @@ def convert(
     from export.onnx import GraphOptions
 
     field = options["text_field"]
-    if then_validate:
-        if as_json or options["dry_run"]:
-            raise PruneAttnError(
-                "--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards"
-            )
-        if validation_text is not None:  # known before hours of work
-            check_validation_text(validation_text, options["text"], field)
-    elif validation_text is not None:
-        raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
+    _check_validation(then_validate, validation_text, field, as_json, options)
     threads = options["threads"]
     if then_validate and options["text"] is None:  # these are for the measuring alone
         del options["threads"]
@@ -88,32 +84,7 @@ def convert(
     if as_json:
         print_json(result.to_json())
         return
-    before, after = result.before, result.after
-    table = make_table("", "before", "after", "")
-    for label, key, show in (
-        ("attention sublayers", "attention_sublayers", str),
-        ("MLP sublayers", "mlp_sublayers", str),
-        ("parameters", "parameters", "{:,}".format),
-        ("weights", "bytes", format_bytes),
-        ("KV cache a token", "kv_cache_bytes_per_token", format_bytes),
-    ):
-        change = f"{100 * (after[key] / before[key] - 1):+.1f}%" if after[key] != before[key] else ""
-        table.add_row(label, show(before[key]), show(after[key]), change)
-    quoted_source, quoted_output = shlex.quote(source), shlex.quote(output)
-    dropped = [
-        f"{name} at {', '.join(map(str, layers))}"
-        for name, layers in (("attention", result.plan.attention), ("MLP", result.plan.mlp))
-        if layers
-    ]
-    verb = "would drop" if result.dry_run else "dropped"
-    following = (
-        "nothing was written; run it without --dry-run"
-        if result.dry_run
-        else f"next: prune-attn verify {quoted_output} --against {quoted_source}"
-        + (f" --revision {shlex.quote(hub.revision)}" if hub.revision else "")
-        + (f" --cache-dir {shlex.quote(os.fspath(hub.cache_dir))}" if hub.cache_dir else "")
-    )
-    echo(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), following)
+    _show(result, source, output, hub)
     for pushed in result.pushed:
         show_push(pushed)
     if then_validate:
@@ -125,6 +96,45 @@ def convert(
             compute = Compute(threads=threads)
             measure = partial(validate, result.source, output, accuracy=accuracy, latency=latency, compute=compute)
             run_validation(measure, False, quiet)
+
+
+def _check_validation(
+    then_validate: bool, text: list[str] | None, field: str | None, as_json: bool, options: dict[str, Any]
+) -> None:
+    if then_validate and (as_json or options["dry_run"]):
+        raise PruneAttnError("--validate goes with neither --json nor --dry-run; run prune-attn validate afterwards")
+    if text is not None and not then_validate:
+        raise PruneAttnError("--validation-text goes with --validate; add it, or leave both out")
+    if text is not None:  # known before hours of work
+        check_validation_text(text, options["text"], field)
+
+
+def _show(result: Conversion, source: str, output: str, hub: Revision) -> None:
+    before, after = result.before, result.after
+    table = make_table("", "before", "after", "")
+    for label, key, show in (
+        ("attention sublayers", "attention_sublayers", str),
+        ("MLP sublayers", "mlp_sublayers", str),
+        ("parameters", "parameters", "{:,}".format),
+        ("weights", "bytes", format_bytes),
+        ("KV cache a token", "kv_cache_bytes_per_token", format_bytes),
+    ):
+        change = f"{100 * (after[key] / before[key] - 1):+.1f}%" if after[key] != before[key] else ""
+        table.add_row(label, show(before[key]), show(after[key]), change)
+        dropped = [
+            f"{name} at {', '.join(map(str, layers))}"
+            for name, layers in (("attention", result.plan.attention), ("MLP", result.plan.mlp))
+            if layers
+        ]
+    verb = "would drop" if result.dry_run else "dropped"
+    following = (
+        "nothing was written; run it without --dry-run"
+        if result.dry_run
+        else f"next: prune-attn verify {shlex.quote(output)} --against {shlex.quote(source)}"
+        + (f" --revision {shlex.quote(hub.revision)}" if hub.revision else "")
+        + (f" --cache-dir {shlex.quote(os.fspath(hub.cache_dir))}" if hub.cache_dir else "")
+    )
+    echo(f"{verb} {'; '.join(dropped)}", table, *(f"note: {note}" for note in result.notes), following)
 
 
 def check_validation_text(measured: list[str], chosen: list[str] | None, field: str | None) -> None:

@@ -27,7 +27,7 @@ def threads() -> int:
     if _count is not None:
         return _count
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    limits = [_cores(), cpu_quota()] + ([int(said)] if said.isdecimal() and int(said) else [])
+    limits = [cpu_cores(), cpu_quota()] + ([int(said)] if said.isdecimal() and int(said) else [])
     return max(1, int(min(limits)))
 
 
@@ -104,7 +104,7 @@ def _quota(folder: Path) -> float:
     return int(quota) / int(period)
 
 
-def _cores() -> int:
+def cpu_cores() -> int:
     """Cores that this process may run on; two threads of one core count once, as they share what computes."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1

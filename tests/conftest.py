@@ -1,4 +1,4 @@
-"""Shared fixtures: the shipped trained model, small models of odd shapes, and the command line."""
+"""What tests share: the shipped trained model, small random models, the command line, programs in other processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SHIPPED = Path(__file__).parent / "data" / "gutenberg-llama-5m"
-TEXT = Path(__file__).parent / "data" / "austen-test.txt"
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "tests" / "data" / "gutenberg-llama-5m"
+TEXT = ROOT / "tests" / "data" / "austen-test.txt"
+CALIBRATION = ROOT / "tests" / "data" / "calibration.txt"
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+# whatever its directory, a process that a test starts runs this clone's code
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,19 +50,41 @@ def text_ids() -> Callable[[int], list[int]]:
     return tokens
 
 
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "export.cli", *map(str, args)]
+
+
+def start_cli(*args: object, **kwargs: Any) -> subprocess.Popen[Any]:
+    """Start the command as a person does: a process of its own, its output in pipes unless ``kwargs`` say otherwise."""
+    return subprocess.Popen(command(*args), **PIPES | kwargs)
+
+
+def run_cli(*args: object, check: int | None = None, **kwargs: Any) -> subprocess.CompletedProcess[Any]:
+    """The same to its end, which must have the exit code ``check``."""
+    return _ended(subprocess.run(command(*args), **PIPES | kwargs), check)
+
+
+def run_program(program: Callable[..., None], *args: object, check: int = 0, **kwargs: Any) -> str:
+    """What a function of programs.py prints, in a process that has imported nothing else."""
+    words = [sys.executable, ROOT / "tests" / "programs.py", program.__name__, *map(str, args)]
+    return _ended(subprocess.run(words, **PIPES | kwargs), check).stdout
+
+
+def _ended(done: subprocess.CompletedProcess[Any], check: int | None) -> subprocess.CompletedProcess[Any]:
+    assert check in (None, done.returncode), f"{done.stderr}{done.stdout}"
+    return done
+
+
 @pytest.fixture
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command as a person does: a process of its own, its output in pipes."""
+    return run_cli
 
-    def run(*args: object, check: int | None = None, **kwargs: object) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "export.cli", *map(str, args)], capture_output=True, text=True, check=False, **kwargs
-        )
-        if check is not None:
-            assert done.returncode == check, done.stderr + done.stdout
-        return done
 
-    return run
+def invoke(*args: object) -> Result:
+    """The command line in this process: quicker than ``run_cli``, and open to monkeypatches."""
+    from export.cli.main import cli
+
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 
 def asked(**options: Any) -> dict[str, Any]:
@@ -99,26 +128,36 @@ def hub_snapshot(files: Path, repository: Path) -> Path:
     return snapshot
 
 
+def random_llama(
+    directory: Path, *, dtype: str = "float32", max_shard_size: str = "5GB", with_tokenizer: bool = False, **config: Any
+) -> Path:
+    """Write a small random LlamaForCausalLM with transformers, perhaps with the shipped tokenizer; its directory."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {
+        "vocab_size": 4096 if with_tokenizer else 128, "hidden_size": 64, "intermediate_size": 256,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    } | config  # fmt: skip
+    torch.manual_seed(len(directory.name))
+    model = LlamaForCausalLM(LlamaConfig(**fields))
+    with torch.no_grad():  # norms and biases that are all ones and zeros would hide mix-ups
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0, 0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
+    if with_tokenizer:
+        for file in SHIPPED.glob("tokenizer*"):
+            shutil.copy(file, directory)
+    return directory
+
+
 @pytest.fixture
 def make_llama(tmp_path: Path) -> Callable[..., Path]:
-    """Write a small random LlamaForCausalLM with transformers; returns its directory."""
+    """``random_llama`` in the test's directory."""
 
-    def make(name: str = "model", *, dtype: str = "float32", max_shard_size: str = "5GB", **config: object) -> Path:
-        import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        fields = {
-            "vocab_size": 128, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        } | config  # fmt: skip
-        torch.manual_seed(len(name))
-        model = LlamaForCausalLM(LlamaConfig(**fields))
-        with torch.no_grad():  # norms and biases that are all ones and zeros would hide mix-ups
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.normal_(1.0, 0.2)
-        model.to(getattr(torch, dtype)).save_pretrained(tmp_path / name, max_shard_size=max_shard_size)
-        return tmp_path / name
+    def make(name: str = "model", **fields: Any) -> Path:
+        return random_llama(tmp_path / name, **fields)
 
     return make
 

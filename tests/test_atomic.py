@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHIPPED, tree
+from conftest import SHIPPED, run_program, start_cli, tree
+from programs import convert_and_verify
 from safetensors.numpy import save_file
 
 from export import shards as safetensors
@@ -48,19 +51,13 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def command(source: Path, output: Path, *options: str) -> list[str]:
-    return [str(Path(sys.executable).parent / "prune-attn"), "convert", str(source), str(output), *options]
-
-
 @pytest.mark.parametrize("existing", [False, True])
-def test_kills_at_many_moments(big, tmp_path, existing):
-    out, options = tmp_path / "out", ["--drop", "3", "--overwrite", "--max-shard-size", "50MB"]
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        subprocess.run(command(big, out, *options), check=True, capture_output=True)
-        times.append(time.monotonic() - started)
-    takes = min(times)
+def test_kills_at_many_moments(cli, big, tmp_path, existing):
+    out = tmp_path / "out"
+    command = ["convert", big, out, "--drop", "3", "--overwrite", "--max-shard-size", "50MB"]
+    started = time.monotonic()
+    cli(*command, check=0)
+    takes = time.monotonic() - started
     new = tree(out)
     if existing:
         convert(big, out, 1, options=WriteOptions(overwrite=True))
@@ -68,12 +65,14 @@ def test_kills_at_many_moments(big, tmp_path, existing):
     shutil.rmtree(out) if not existing else None
     rng, unfinished = random.Random(existing), 0
     for i in range(15):
-        process = subprocess.Popen(command(big, out, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        time.sleep(takes * (0.3 + 0.8 * rng.random()))
+        process, started = start_cli(*command), time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(takes * (0.3 + 0.8 * rng.random()))
+            takes = time.monotonic() - started  # the machine is less busy now
         how = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[i % 3]
         process.send_signal(how)
         _, stderr = process.communicate()
-        assert b"Traceback" not in stderr
+        assert "Traceback" not in stderr
         if not out.exists():
             assert not existing
             unfinished += 1
@@ -180,19 +179,14 @@ def test_only_our_own_leftovers_are_removed(tmp_path):
     (tmp_path / ".link.prune-attn-new-0123456789ab").symlink_to(tmp_path / ".hidden")
     alive = tmp_path / ".alive.prune-attn-new-0123456789ab"
     alive.mkdir()
-    code = f"""import fcntl, os, time
-fcntl.flock(os.open({str(alive)!r}, os.O_RDONLY), fcntl.LOCK_EX)
-print(flush=True)
-time.sleep(60)"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    holder = os.open(alive, os.O_RDONLY)  # another open of the same folder, so its lock is another's
+    fcntl.flock(holder, fcntl.LOCK_EX)
     try:
-        holder.stdout.readline()
         convert(SHIPPED, tmp_path / "out", 4)
         left = {p.name for p in tmp_path.iterdir()}
         assert left == {*kept, "out", alive.name, ".link.prune-attn-new-0123456789ab"}
     finally:
-        holder.kill()
-        holder.communicate()
+        os.close(holder)
 
 
 def test_a_source_that_changes_meanwhile_is_refused(tmp_path):
@@ -218,17 +212,10 @@ def test_a_place_that_cannot_be_written_is_the_machines_failure(cli):
 
 def test_streaming_memory_and_imports(big, tmp_path):
     """At most 250 MB for the whole process, and no torch, whatever the size; a conversion holds a piece at a time."""
-    code = (
-        "import sys\nfrom prune_attn import WriteOptions, convert, verify\n"
-        "convert({!r}, {!r}, 3, options=WriteOptions(dtype={!r}))\nassert verify({!r}, {!r}).ok\n"
-        "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
-        "print(int(peak) // 1024, 'torch' in sys.modules)"
-    )
-    for dtype in (None, "float32"):
-        out = str(tmp_path / f"out-{dtype}")
-        run = [sys.executable, "-c", code.format(str(big), out, dtype, out, str(big))]
-        megabytes, torch = subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()
-        if dtype is None:
+    for dtype in ("", "float32"):
+        out = tmp_path / f"out-{dtype}"
+        megabytes, torch = run_program(convert_and_verify, big, out, dtype).split()
+        if not dtype:
             assert int(megabytes) < 100
             assert torch == "False"
     assert open_checkpoint(out).dtypes == ("F32",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from export.report.compare import _compare_table, compare_rows
+from export.report.compare import compare_rows, compare_table
 from export.report.content import Section
-from export.report.render import _html
+from export.report.render import render_html
 
 NAME = "x/<script>alert(1)</script>`$a$\x1b[31m" + 5000 * "y"
 
@@ -43,9 +43,9 @@ class Cells(HTMLParser):
 
 
 def test_each_cell_knows_its_column_so_that_rows_can_be_stacked():
-    table = _compare_table(compare_rows([results(NAME), results("plain")]))
+    table = compare_table(compare_rows([results(NAME), results("plain")]))
     page = Cells()
-    page.feed(_html("Results compared", [Section("2 results", [], [table])], {}, {}))
+    page.feed(render_html("Results compared", [Section("2 results", [], [table])], {}, {}))
     assert page.tables == ["stacked"]
     assert page.heads == table.head * 2
     assert "script" not in page.tags

@@ -9,40 +9,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fake_cuda
 import onnx
 import onnxruntime
 import pytest
+from conftest import run_program
+from programs import sessions_on_cuda
 
 from prune_attn import Layers, convert, export
 from pruner.names import GRAPH
 
 PROVIDER = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
 SHAPES = {"mask.width", "total_sequence_length"}  # what stays on the host, where shapes lie
-RUN = """
-import json, sys
-import onnxruntime
-from export.onnx.runtime import on_cpu
-from export.onnx.session import OnnxSession
-from pruner.errors import PruneAttnError
-onnxruntime.preload_dlls = lambda: None  # it would find the real ones, where they are installed
-out = {}
-for directory in sys.argv[1:]:
-    try:
-        session, shapes = OnnxSession(directory, device="cuda"), []
-        for rows in ([[5, 6, 7]], [[5], [6, 7, 8]], [[9]]):
-            session.reset()
-            shapes.append(session.prefill(rows).shape)
-            shapes += [session.decode([3] * len(rows)).shape for _ in range(3)]  # the first ones capture
-        out[directory] = [[name for name, _ in on_cpu(session.runtime)], shapes]
-    except PruneAttnError as error:
-        out[directory] = str(error)
-print(json.dumps(out))
-"""
 
 
 def real_driver() -> bool:
@@ -65,21 +45,13 @@ def libraries(tmp_path_factory):
     return directory
 
 
-def run(libraries: Path, code: str, *arguments: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "LD_LIBRARY_PATH": str(libraries)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert not done.returncode, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def opened(libraries):
     """Open directories in a new process: of each the operators on the CPU and the logits' shapes, or what was said."""
 
     def opened(*directories: Path) -> dict:
-        out = json.loads(run(libraries, RUN, *directories))
+        env = os.environ | {"LD_LIBRARY_PATH": str(libraries)}
+        out = json.loads(run_program(sessions_on_cuda, *directories, env=env))
         return {directory.name: out[str(directory)] for directory in directories}
 
     return opened

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 ROOMS = ("docs", "export", "pruner", "scripts", "tests")
 FILES = [
     path.relative_to(ROOT)

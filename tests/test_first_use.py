@@ -6,10 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
-from conftest import SHIPPED, TEXT
+from conftest import PIPES, ROOT, SHIPPED, TEXT
 
 from export.gguf import write_gguf
 from export.report.compare import report
@@ -20,8 +19,6 @@ from prune_attn import Accuracy, Calibration, Compute, Drop, SavedPlan, convert,
 from pruner.errors import PruneAttnError
 from pruner.plan import parse_drop
 from pruner.summary import inspect
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -129,9 +126,8 @@ def test_a_verification_is_true_where_all_is_well(tmp_path):
 
 def test_run_as_a_module(tmp_path):
     run = [sys.executable, "-m", "prune_attn"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert "Usage: prune-attn" in subprocess.run([*run, "--help"], capture_output=True, text=True, env=env).stdout
-    assert subprocess.run([*run, "inspect", tmp_path / "none"], capture_output=True, env=env).returncode == 2
+    assert "Usage: prune-attn" in subprocess.run([*run, "--help"], **PIPES).stdout
+    assert subprocess.run([*run, "inspect", tmp_path / "none"], **PIPES).returncode == 2
 
 
 def test_types_are_packaged():

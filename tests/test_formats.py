@@ -10,8 +10,6 @@ import pickle
 import random
 import secrets
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, asked, edit_config, tree
+from conftest import SHIPPED, asked, edit_config, run_program, tree
 from foreign import tensors, write_bin, write_meta
 from oracle import ids, logits, original
+from programs import convert_without_graph
 
 from prune_attn import Layers, WriteOptions, convert, export, verify
 from pruner import PruneAttnError, open_checkpoint
@@ -379,14 +378,8 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     save(tmp_path / "source" / "pytorch_model.bin", state)
     del state
-    program = (
-        "import sys; from prune_attn import WriteOptions, convert;"
-        "convert(sys.argv[1], sys.argv[2], 1, options=WriteOptions(graph=None));"
-        "assert 'torch' not in sys.modules;"
-        "print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024)"
-    )
-    command = [sys.executable, "-c", program, tmp_path / "source", tmp_path / "out"]
-    assert int(subprocess.check_output(command, text=True)) < 130  # MB, of which Python and NumPy take some 60
+    megabytes = int(run_program(convert_without_graph, tmp_path / "source", tmp_path / "out"))
+    assert megabytes < 130  # of which Python and NumPy take some 60
 
 
 # -- Meta's distribution -----------------------------------------------------------------------------------------------
@@ -412,10 +405,12 @@ def test_a_tokenizer_comes_with_it(shipped, tmp_path):
     (tmp_path / "llama" / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # tiktoken's form, which Llama 3 has
     with pytest.raises(PruneAttnError, match=r"tokenizer\.model: is no SentencePiece"):
         open_checkpoint(source)
-    (tmp_path / "llama" / "tokenizer.model").write_bytes((shipped / "tokenizer.model").read_bytes()[:5000])
-    with pytest.raises(PruneAttnError, match=r"tokenizer\.model: is no tokenizer of a Llama 2"):
-        convert(source, tmp_path / "other", 1)
-    assert not (tmp_path / "other").exists()
+    model = (shipped / "tokenizer.model").read_bytes()
+    for damaged, match in ((model[:5000], "truncated"), (model.replace(b"\x03the", b"\x03th\xff"), "not UTF-8 text")):
+        (tmp_path / "llama" / "tokenizer.model").write_bytes(damaged)
+        with pytest.raises(PruneAttnError, match=rf"tokenizer\.model: is no tokenizer of a Llama 2.*{match}"):
+            convert(source, tmp_path / "other", 1)
+        assert not (tmp_path / "other").exists()
 
 
 def test_a_tokenizer_of_another_model(make_llama, shipped, tmp_path):

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+
+from conftest import PIPES, ROOT
 
 
 def test_fuzz():
-    fuzz = Path(__file__).parent.parent / "scripts" / "fuzz.py"
-    done = subprocess.run(
-        [sys.executable, fuzz, "--seed", "19", "--cases", "200"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    fuzz = [sys.executable, ROOT / "scripts" / "fuzz.py", "--seed", "19", "--cases", "200"]
+    done = subprocess.run(fuzz, **PIPES, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("200 cases"), done.stdout

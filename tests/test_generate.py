@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED
+from conftest import SHIPPED, run_program
+from programs import generate_lightly
 
 from export.generate import generate
 from prune_attn import WriteOptions, convert
@@ -83,13 +82,8 @@ def test_padding_and_truncation_of_training_are_not_those_of_a_prompt(source):
 
 
 def test_text_by_onnx_runtime_needs_neither_torch_nor_transformers(pruned):
-    code = (
-        "import sys; from export.generate import generate; print(generate(sys.argv[1], 'It was', device='cpu').text);"
-        "assert not {'torch', 'transformers'} & sys.modules.keys()"
-    )
-    done = subprocess.run([sys.executable, "-c", code, pruned], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == generate(pruned, "It was", backend="torch", device="cpu").text.strip()
+    by_torch = generate(pruned, "It was", backend="torch", device="cpu").text
+    assert run_program(generate_lightly, pruned).strip() == by_torch.strip()
 
 
 def test_a_prompt_from_standard_input(pruned, cli):
@@ -99,10 +93,8 @@ def test_a_prompt_from_standard_input(pruned, cli):
     assert json.loads(said)["tokens"] == want
 
 
-def test_standard_input_that_is_no_text(pruned):
-    command = [sys.executable, "-m", "export.cli", "generate", pruned, "--prompt", "-"]
-    done = subprocess.run(command, input=b"It was \xff", capture_output=True, check=False)
-    assert done.returncode == 2
+def test_standard_input_that_is_no_text(pruned, cli):
+    done = cli("generate", pruned, "--prompt", "-", input=b"It was \xff", text=False, check=2)
     assert done.stderr.decode() == "prune-attn: standard input is not UTF-8 text (byte 7)\n"
 
 

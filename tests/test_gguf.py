@@ -7,12 +7,10 @@ import resource
 import gguf
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from conftest import SHIPPED
+from conftest import SHIPPED, invoke
 from safetensors.numpy import load_file
 from sentencepiece import SentencePieceProcessor
 
-from export.cli.main import cli
 from export.gguf import write_gguf
 from prune_attn import Drop, Layers, WriteOptions, convert
 from pruner.errors import PruneAttnError
@@ -71,12 +69,11 @@ def test_refusals_leave_nothing(tmp_path):
         write_gguf(tmp_path / "pruned", tmp_path / "m.gguf")
     (tmp_path / "elsewhere").rename(tmp_path / "pruned" / "tokenizer.model")
     (tmp_path / "mine.gguf").write_bytes(b"mine")
-    done = CliRunner().invoke(cli, ["export", str(tmp_path / "pruned"), "--gguf", str(tmp_path / "mine.gguf")])
+    done = invoke("export", tmp_path / "pruned", "--gguf", tmp_path / "mine.gguf")
     assert isinstance(done.exception, PruneAttnError)
     assert (tmp_path / "mine.gguf").read_bytes() == b"mine"
-    for useless in ([str(tmp_path / "out")], ["--context", "64"], ["--dtype", "float16"], ["--last-token-logits"]):
-        command = ["export", str(tmp_path / "pruned"), *useless, "--gguf", str(tmp_path / "new.gguf")]
-        done = CliRunner().invoke(cli, command)
+    for useless in ([tmp_path / "out"], ["--context", "64"], ["--dtype", "float16"], ["--last-token-logits"]):
+        done = invoke("export", tmp_path / "pruned", *useless, "--gguf", tmp_path / "new.gguf")
         assert "has no use for" in str(done.exception), useless
     assert sorted(p.name for p in tmp_path.iterdir()) == ["every", "mine.gguf", "pruned"]
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED, tree
+from conftest import SHIPPED, run_cli, run_program, start_cli, tree
 from hub_server import Fault, HubServer, Repo, sha256
+from programs import convert_and_push, download, fetch
 
 from export.generate import generate
 from prune_attn import Revision, convert
@@ -56,22 +56,13 @@ def run(environment: dict[str, str], tmp_path: Path) -> Run:
 
     def run(*args: object, check: int = 0, **changes: str | None) -> subprocess.CompletedProcess[str]:
         env = {key: value for key, value in (environment | changes).items() if value is not None}
-        command = [sys.executable, "-m", "export.cli", *map(str, args)]
-        env["PYTHONPATH"] = str(Path(__file__).parent.parent)
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
-        assert done.returncode == check, done.stderr + done.stdout
+        done = run_cli(*args, check=check, env=env, cwd=tmp_path)
         assert env.get("HF_TOKEN", TOKEN) not in done.stdout + done.stderr
         if "PRUNE_ATTN_DEBUG" not in env:
             assert len(done.stderr.splitlines()) == (check != 0)
         return done
 
     return run
-
-
-def start(*args: object, env: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
-    env = env | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-m", "export.cli", *map(str, args)]
-    return subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def nothing_half_made(place: Path) -> bool:
@@ -106,17 +97,15 @@ def test_round_trip(hub, run, environment, tmp_path):
     assert all(name in listed for name in tree(out))
     assert sum(name.endswith(".safetensors") for name in there) > 3
 
-    code = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1], cache_dir=sys.argv[2]))"
-    pull = [sys.executable, "-c", code, "user/llama-2-attn33", tmp_path / "cache"]
-    done = subprocess.run(pull, env=environment, check=True, capture_output=True, text=True)
-    snapshot = Path(done.stdout.strip())
+    def pull(**options: str) -> Path:
+        return Path(run_program(download, "user/llama-2-attn33", json.dumps(options), env=environment).strip())
+
+    snapshot = pull(cache_dir=str(tmp_path / "cache"))
     assert all(file.is_symlink() for file in snapshot.iterdir())
     assert {k: v for k, v in tree(snapshot).items() if k != ".gitattributes"} == tree(out)
     run("verify", snapshot)  # .gitattributes and all
     # as `hf download --local-dir` lays it out
-    code = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
-    pull = [sys.executable, "-c", code, "user/llama-2-attn33", tmp_path / "local"]
-    subprocess.run(pull, env=environment, check=True, capture_output=True)
+    pull(local_dir=str(tmp_path / "local"))
     assert (tmp_path / "local" / ".gitattributes").is_file()
     assert (tmp_path / "local" / ".cache" / "huggingface").is_dir()
     run("verify", "local")
@@ -198,7 +187,7 @@ def test_push_that_is_killed_goes_on(hub, run, environment, tmp_path):
     large = sha256((tmp_path / "out" / "model.safetensors").read_bytes())
     for how in (signal.SIGTERM, signal.SIGKILL):
         hub.faults = [Fault(f"PUT /lfs/{large}/2", stall=1_000_000, times=9)]
-        process = start("push", "out", "user/pruned", env=environment, cwd=tmp_path)
+        process = start_cli("push", "out", "user/pruned", env=environment, cwd=tmp_path)
         while hub.count(f"PUT /lfs/{large}/2") == 0 or len(hub.objects) < 1:  # the other file is there
             time.sleep(0.02)
         started = time.monotonic()
@@ -294,13 +283,11 @@ def test_only_what_is_needed_is_fetched(hub, run, environment):
     hub.add("own/bin", others | dict.fromkeys(names, b"x") | {"pytorch_model.bin.index.json": index})
     meta = {"consolidated.00.pth": b"x", "consolidated.01.pth": b"x", "params.json": b"{}", "tokenizer.model": b"x"}
     hub.add("own/meta", meta | {"checklist.chk": b"x"})
-    code = "import sys; from pruner.hub.source import fetch; print(*(p.name for p in fetch(sys.argv[1]).iterdir()))"
     for repo_id, expected in (
         ("own/bin", [*others, *names[:2], "pytorch_model.bin.index.json"]),
         ("own/meta", list(meta)),
     ):
-        done = subprocess.run([sys.executable, "-c", code, repo_id], env=environment, capture_output=True, text=True)
-        assert sorted(done.stdout.split()) == sorted(expected), done.stderr
+        assert sorted(run_program(fetch, repo_id, env=environment).split()) == sorted(expected)
         assert "PyTorch weights" in run("inspect", repo_id, check=2).stderr
     hub.add("own/gguf", {"x.gguf": b"x", "config.json": FILES["config.json"]})
     assert "GGUF" in run("convert", "own/gguf", "out3", "--drop", "4", check=2).stderr
@@ -428,7 +415,7 @@ def test_what_does_not_pass(environment, tmp_path):
             place.mkdir()
             env = environment | {"HF_ENDPOINT": server.url, "HF_HOME": str(place / "home")}
             running.append(
-                (start("convert", "own/model", "out", "--drop", "4", env=env, cwd=place), match, code, place)
+                (start_cli("convert", "own/model", "out", "--drop", "4", env=env, cwd=place), match, code, place)
             )
         for process, match, code, place in running:
             _, stderr = process.communicate()
@@ -444,7 +431,7 @@ def test_interrupted_pull(hub, run, environment, tmp_path):
     # the header's request, which is whole before that, is the first
     hub.faults = [Fault(f"GET {CDN}", times=2, stall=4_000_000)]
     other = f"/cdn/{sha256(FILES['tokenizer.model'])}"
-    process = start("convert", "own/llama-2-5m", "out", "--drop", "4", env=environment, cwd=tmp_path)
+    process = start_cli("convert", "own/llama-2-5m", "out", "--drop", "4", env=environment, cwd=tmp_path)
     while not {(CDN, False), (other, True)} <= {(seen.path, seen.done) for seen in hub.log if not seen.range}:
         time.sleep(0.02)
     time.sleep(0.5)
@@ -644,15 +631,7 @@ def test_hub_ids():
 
 def test_in_python(hub, environment, tmp_path):
     """The same by functions."""
-    code = (
-        "from prune_attn import Revision, convert, push\n"
-        "convert('own/llama-2-5m', 'out', 4, hub=Revision(cache_dir='cache'))\n"
-        "print(push('out', 'user/llama-2-x').url)"
-    )
-    env = environment | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith(hub.url)
+    url = run_program(convert_and_push, "own/llama-2-5m", "out", "user/llama-2-x", env=environment, cwd=tmp_path)
+    assert url.startswith(hub.url)
     with pytest.raises(PruneAttnError, match="no Hub id"):
         convert(SHIPPED, tmp_path / "x", 4, hub=Revision(revision="main"))

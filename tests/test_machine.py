@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, TEXT, asked
+from conftest import SHIPPED, TEXT, asked, run_program
+from programs import threads as taken
 
 from export.generate import generate
 from export.select import select
@@ -27,13 +26,11 @@ def pruned(tmp_path_factory):
 
 
 def test_default_is_what_the_affinity_leaves():
-    told = "import torch; from pruner.machine import *\nwith computing() as n: print(n, torch.get_num_threads())"
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     cpus = sorted(os.sched_getaffinity(0))
 
     def run(count, **more):
-        call = f"import os; os.sched_setaffinity(0, {cpus[:count]})\n{told}"
-        return subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env | more).stdout
+        return run_program(taken, json.dumps(cpus[:count]), env=env | more)
 
     assert run(1) == "1 1\n"
     if len(cpus) > 1:
@@ -64,7 +61,7 @@ def test_quotas_of_control_groups(tmp_path, monkeypatch, group, files, cores):
     found = machine.cpu_quota(tmp_path / "cgroup", tmp_path / "fs")
     assert found == cores
     monkeypatch.setattr(machine, "cpu_quota", lambda: found)
-    monkeypatch.setattr(machine, "_cores", lambda: 64)
+    monkeypatch.setattr(machine, "cpu_cores", lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert machine.threads() == max(1, int(min(cores, 64)))
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import asked, edit_config, hub_snapshot
+from conftest import ROOT, SHIPPED, asked, edit_config, hub_snapshot, random_llama, run_program
+from programs import convert_lightly, export_four_times, export_killed
 
 from export.generate import generate
 from export.onnx.runtime import open_on_cuda
@@ -27,32 +27,20 @@ from pruner.model import TorchLanguageModel
 from pruner.names import GRAPH
 from pruner.text import load_tokenizer
 
-MODEL = Path(__file__).parent / "data" / "gutenberg-llama-5m"
 DROPPED = (3, 7, 11)
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
 LIMIT = 1e-4
 
 
-def random_llama(directory: Path, dtype: str = "float32", shard: str = "5GB", **fields) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
-    }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **fields})).to(getattr(torch, dtype))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(directory, max_shard_size=shard)
-    return directory
+def small_llama(directory: Path, **fields) -> Path:
+    """A random model whose logits are far apart."""
+    small = {"vocab_size": 64, "intermediate_size": 96, "initializer_range": 0.2}
+    return random_llama(directory, **small | fields)
 
 
 def converted(place: Path, fields: dict, options: dict) -> TorchLanguageModel:
     """``convert`` a random model of these fields to ``place / "out"``; PyTorch with the same sublayers switched off."""
-    source = random_llama(place / "source", **fields)
+    source = small_llama(place / "source", **fields)
     convert(source, place / "out", **asked(**options))
     oracle, layers = TorchLanguageModel(source), open_checkpoint(place / "out").decoder
     oracle.switch_off(
@@ -76,13 +64,13 @@ def difference(session, oracle, prompts, steps: int = 8) -> float:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("onnx") / "pruned"
-    convert(MODEL, output, Layers(",".join(map(str, DROPPED))), options=WriteOptions(dtype="float32"))
+    convert(SHIPPED, output, Layers(",".join(map(str, DROPPED))), options=WriteOptions(dtype="float32"))
     return output
 
 
 @pytest.fixture(scope="module")
 def oracle() -> TorchLanguageModel:
-    model = TorchLanguageModel(MODEL, dtype="float32")
+    model = TorchLanguageModel(SHIPPED, dtype="float32")
     model.switch_off(DROPPED)
     return model
 
@@ -96,7 +84,7 @@ def session(pruned) -> OnnxSession:
 def ids() -> list[int]:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(MODEL)(TEXT)["input_ids"]
+    return AutoTokenizer.from_pretrained(SHIPPED)(TEXT)["input_ids"]
 
 
 def genai_tokens(directory: Path, ids: list[int]) -> list[int]:
@@ -166,7 +154,7 @@ def test_a_prefill_begins_anew(session, oracle, ids):
     """One user's text must not be in the next one's memory: neither after an answer nor after a prompt refused."""
     from pruner.evaluate.compiled import CompiledLanguageModel
 
-    compiled = CompiledLanguageModel(MODEL, dtype="float32", context=64)
+    compiled = CompiledLanguageModel(SHIPPED, dtype="float32", context=64)
     compiled.switch_off(DROPPED)
     oracle.reset()
     want = oracle.prefill([ids[:9]])
@@ -273,13 +261,13 @@ def test_shapes(tmp_path, fields, options):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_from_its_own_bytes(tmp_path, dtype, ids):
-    convert(MODEL, tmp_path / "out", Layers("3,7,11"), options=WriteOptions(dtype=dtype))
+    convert(SHIPPED, tmp_path / "out", Layers("3,7,11"), options=WriteOptions(dtype=dtype))
     onnx.checker.check_model(tmp_path / "out" / GRAPH)
     if dtype == "bfloat16":
         with pytest.raises(PruneAttnError, match="bfloat16 does not run on the CPU"):
             OnnxSession(tmp_path / "out", device="cpu")
         return
-    reference = TorchLanguageModel(MODEL, dtype="float32")
+    reference = TorchLanguageModel(SHIPPED, dtype="float32")
     reference.switch_off(DROPPED)
     expected = reference.logits(np.array([ids]))
     error = OnnxSession(tmp_path / "out", device="cpu").logits(np.array([ids])) - expected
@@ -307,7 +295,7 @@ def plain(directory: Path):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("layers", ["3,7,11", "0-11"])
 def test_a_row_padded_on_the_left_has_nan_for_logits(tmp_path, ids, dtype, last_token_logits, layers):
-    convert(MODEL, tmp_path / "out", Layers(layers, allow_all=True), options=WriteOptions(dtype=dtype))
+    convert(SHIPPED, tmp_path / "out", Layers(layers, allow_all=True), options=WriteOptions(dtype=dtype))
     export(tmp_path / "out", last_token_logits=last_token_logits)
     run, prompts = plain(tmp_path / "out"), (ids[:7], ids[7:11], ids[:2])
     batch, mask = np.zeros((3, 7), np.int64), np.zeros((3, 7), np.int64)
@@ -331,10 +319,10 @@ def test_a_row_padded_on_the_left_has_nan_for_logits(tmp_path, ids, dtype, last_
 @pytest.mark.parametrize("last_token_logits", [False, True])
 def test_the_guard_changes_no_other_row_by_a_bit(tmp_path, monkeypatch, last_token_logits):
     """As on a GPU: everything bound, fp16, a mask of fixed length, beside the graph without the guard."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     from bench_guard import run_guard_works
 
-    convert(MODEL, tmp_path / "out", 8)
+    convert(SHIPPED, tmp_path / "out", 8)
     assert run_guard_works(str(tmp_path / "out"), last_token_logits, False, "cpu") == {"wrong": []}
     bare = onnx.load(tmp_path / "out" / "bare.onnx", load_external_data=False)
     assert not [node.name for node in bare.graph.node if "guard" in node.name]
@@ -352,7 +340,7 @@ def test_no_last_token_beyond_the_context(tmp_path):
     """Where no attention is left to refuse it; in ONNX Runtime itself, since our session asks no such thing."""
     import onnxruntime
 
-    convert(random_llama(tmp_path / "source"), tmp_path / "out", Layers("0,1,2,3", allow_all=True))
+    convert(small_llama(tmp_path / "source"), tmp_path / "out", Layers("0,1,2,3", allow_all=True))
     export(tmp_path / "out", context=4, last_token_logits=True)
     session = onnxruntime.InferenceSession(tmp_path / "out" / GRAPH, providers=["CPUExecutionProvider"])
     for tokens in (4, 5):
@@ -400,20 +388,20 @@ def test_the_graph_holds_no_weights_and_says_what_it_is(pruned):
 
 
 def test_a_long_context_takes_no_room(tmp_path):
-    source = random_llama(tmp_path / "source", max_position_embeddings=131072)
+    source = small_llama(tmp_path / "source", max_position_embeddings=131072)
     convert(source, tmp_path / "out", Layers("1"))
     assert (tmp_path / "out" / GRAPH).stat().st_size < 100_000
 
 
 def test_export_into_an_output(tmp_path, ids):
     with pytest.raises(PruneAttnError, match="name an output"):
-        export(MODEL)
-    result = export(MODEL, tmp_path / "out", context=512, options=WriteOptions(dtype="float32"))
+        export(SHIPPED)
+    result = export(SHIPPED, tmp_path / "out", context=512, options=WriteOptions(dtype="float32"))
     assert (result.packed, result.attention, result.context) == (12, 12, 512)
-    assert verify(tmp_path / "out", MODEL).ok
+    assert verify(tmp_path / "out", SHIPPED).ok
     session = OnnxSession(tmp_path / "out")
     assert session.max_length == 512
-    assert difference(session, TorchLanguageModel(MODEL, dtype="float32"), [ids]) < LIMIT
+    assert difference(session, TorchLanguageModel(SHIPPED, dtype="float32"), [ids]) < LIMIT
 
 
 def test_after_save_pretrained(copy, tmp_path, oracle, ids):
@@ -432,20 +420,16 @@ def test_after_save_pretrained(copy, tmp_path, oracle, ids):
 
 
 def test_convert_without_torch(tmp_path):
-    code = (
-        "import sys; from prune_attn import convert; convert(sys.argv[1], sys.argv[2], drop=4);"
-        "assert not {'torch', 'transformers'} & sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code, MODEL, tmp_path / "out"], check=True)
+    run_program(convert_lightly, SHIPPED, tmp_path / "out")
     assert (tmp_path / "out" / GRAPH).exists()
-    convert(MODEL, tmp_path / "plain", 4, options=WriteOptions(graph=None))
+    convert(SHIPPED, tmp_path / "plain", 4, options=WriteOptions(graph=None))
     assert not (tmp_path / "plain" / GRAPH).exists()
 
 
 def test_mixed_dtypes(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    source = random_llama(tmp_path / "source", dtype="float16")
+    source = small_llama(tmp_path / "source", dtype="float16")
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
@@ -476,12 +460,12 @@ def test_mixed_dtypes(tmp_path):
 )  # fmt: skip
 def test_what_is_refused(tmp_path, fields, message):
     with pytest.raises(PruneAttnError, match=message):
-        export(random_llama(tmp_path / "source", **fields), tmp_path / "out")
+        export(small_llama(tmp_path / "source", **fields), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_what_is_refused_is_refused_before_anything_is_copied(tmp_path, dtype, monkeypatch):
-    shutil.copytree(MODEL, source := tmp_path / "source")
+    shutil.copytree(SHIPPED, source := tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: llama2\n---\n")  # whose notes come last
     monkeypatch.setattr(sys.modules["export.write"], "write_shards", lambda *_: pytest.fail("weights were copied"))
     with pytest.raises(PruneAttnError, match=r"--context 99999: .*source was made for 1 to 1024 tokens"):
@@ -565,9 +549,9 @@ def test_save_pretrained_over_a_plain_output(tmp_path, how):
     from transformers import AutoModelForCausalLM
 
     if how == "whole blocks":
-        convert(MODEL, tmp_path / "out", Drop(2, sublayer="block"))
+        convert(SHIPPED, tmp_path / "out", Drop(2, sublayer="block"))
     else:
-        export(MODEL, tmp_path / "out")
+        export(SHIPPED, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     onnxruntime.InferenceSession(tmp_path / "out" / GRAPH, providers=["CPUExecutionProvider"])
     model.save_pretrained(tmp_path / "out")
@@ -585,18 +569,13 @@ def test_save_pretrained_without_the_head(copy):
 
 
 def test_exports_at_the_same_time(copy):
-    program = "import sys; from prune_attn import export; export(sys.argv[1])"
-    running = [
-        subprocess.Popen([sys.executable, "-c", f"{program};" * 4 + "print('done')", copy], stdout=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    assert [process.communicate()[0] for process in running] == [b"done\n"] * 3
+    in_threads(3, lambda _: run_program(export_four_times, copy))
     assert verify(copy).ok
 
 
 @pytest.mark.parametrize("index_too", [False, True])
 def test_swapped_shards_are_caught(tmp_path, index_too):
-    convert(MODEL, tmp_path / "out", Layers("3"), options=WriteOptions(max_shard_size="6MB"))
+    convert(SHIPPED, tmp_path / "out", Layers("3"), options=WriteOptions(max_shard_size="6MB"))
     first, second = sorted((tmp_path / "out").glob("*.safetensors"))
     first.rename(tmp_path / "moved"), second.rename(first), (tmp_path / "moved").rename(second)
     if index_too:  # the checkpoint then is whole again, and only the graph knows
@@ -612,15 +591,7 @@ def test_swapped_shards_are_caught(tmp_path, index_too):
 
 @pytest.mark.parametrize("replaced", [0, 1])
 def test_an_export_killed_in_place_leaves_a_graph_that_runs(copy, session, ids, replaced):
-    code = (
-        "import os, signal, sys; from export.deliver import export; replace, left = os.replace, [int(sys.argv[2])]\n"
-        "def kill(*paths):\n"
-        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    left[0] -= 1; replace(*paths)\n"
-        "os.replace = kill; export(sys.argv[1], context=256)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, copy, str(replaced)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    run_program(export_killed, copy, replaced, check=-signal.SIGKILL)
     half = OnnxSession(copy)
     assert half.max_length == (256 if replaced else 1024)
     assert np.array_equal(half.logits(np.array([ids])), session.logits(np.array([ids])))
@@ -704,7 +675,7 @@ def test_links_that_onnx_runtime_refuses(pruned, tmp_path):
 def test_generate_takes_what_the_context_holds(tmp_path):
     """A session has room for 4,096 tokens unless it is told; and text where bytes meet the prompt's."""
     source = tmp_path / "source"
-    shutil.copytree(MODEL, source)
+    shutil.copytree(SHIPPED, source)
     edit_config(source, max_position_embeddings=8192)
     convert(source, tmp_path / "out", 2)
     said = generate(tmp_path / "out", TEXT * 210, new_tokens=3, device="cpu")
@@ -742,7 +713,7 @@ def test_errors(session, pruned, ids):
 
 
 def test_cuda_is_not_taken_for_granted(tmp_path):
-    convert(MODEL, tmp_path / "out", 4)
+    convert(SHIPPED, tmp_path / "out", 4)
     session = OnnxSession(tmp_path / "out")
     if session.device == "cuda":
         return
@@ -779,9 +750,9 @@ def test_what_is_set_on_hopper_is_set_while_a_graph_opens_only(monkeypatch, capa
     found: list[dict[str, str]] = []
     monkeypatch.setattr("onnxruntime.InferenceSession", opened)
     heads = {"num_attention_heads": 8, "num_key_value_heads": kv_heads}
-    config = json.loads((MODEL / "config.json").read_bytes()) | heads
+    config = json.loads((SHIPPED / "config.json").read_bytes()) | heads
     with pytest.raises(PruneAttnError, match="no GPU in this test"):
-        open_on_cuda(MODEL / GRAPH, read_decoder(config, MODEL / "config.json"), capability)
+        open_on_cuda(SHIPPED / GRAPH, read_decoder(config, SHIPPED / "config.json"), capability)
     assert found == [seen]
     assert environment() == users
 
@@ -858,7 +829,7 @@ def test_the_engine_of_genai_takes_unequal_requests(copy, ids):
 
 
 def snippet(name: str) -> str:
-    page = (Path(__file__).parents[1] / "docs" / "guide" / "onnx.md").read_text()
+    page = (ROOT / "docs" / "guide" / "onnx.md").read_text()
     return page.split(f"<!-- test: {name} -->\n```python\n")[1].split("```")[0]
 
 
@@ -893,19 +864,13 @@ def test_a_batch_by_hand(copy, oracle, ids, last_token_logits):
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def test_commands(copy, ids):
-    def run(*words):
-        command = [sys.executable, "-m", "export.cli", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-
-    done = run("export", copy, "--context", "256", "--json")
-    assert json.loads(done.stdout)["context"] == 256, done.stderr
+def test_commands(cli, copy):
+    assert json.loads(cli("export", copy, "--context", "256", "--json", check=0).stdout)["context"] == 256
     words = ("generate", copy, "--prompt", TEXT, "--new-tokens", "12", "--device", "cpu")
-    ours, theirs = (json.loads(run(*words, "--backend", b, "--json").stdout) for b in ("onnx", "torch"))
+    ours, theirs = (json.loads(cli(*words, "--backend", b, "--json").stdout) for b in ("onnx", "torch"))
     assert ours["text"] == theirs["text"]
-    assert "tokens/s" in run(*words).stderr
+    assert "tokens/s" in cli(*words).stderr
     rewrite(copy)
-    done = run("export", copy)
-    assert done.returncode == 2
+    done = cli("export", copy, check=2)
     assert done.stderr.count("\n") == 1
     assert "model.safetensors: has 20" in done.stderr

@@ -5,11 +5,11 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
+from types import SimpleNamespace
 
 import pytest
-from conftest import SHIPPED, TEXT, asked
+from conftest import SHIPPED, TEXT, asked, start_cli
 
 from export.cli import bars
 from export.select import select
@@ -77,7 +77,8 @@ def test_lines_at_the_start_at_each_step_and_every_half_minute(monkeypatch):
         "choosing: 20% of 10 layers; c; about 2 min left",
     ]
     now[0] = 70
-    lines._tick(now[0])  # nothing was heard of it for long
+    ends = iter((False, True))
+    lines.tick_until(SimpleNamespace(wait=lambda _: next(ends)))  # nothing was heard of it for long
     assert said[3:] == ["choosing: 30% of 10 layers; c; about 3 min left"]
     lines(Step("a note"))
     lines(Step("writing", 0, 5e6, "bytes", seconds=1))
@@ -204,8 +205,7 @@ def test_in_a_pipe(pruned, wide, tmp_path, cli):
 def test_on_a_terminal(tmp_path):
     parent, child = pty.openpty()
     options = ["--text", TEXT, "--samples", "8", "--length", "16", "--json", "-o", tmp_path / "plan.json"]
-    run = [sys.executable, "-m", "export.cli", "select", SHIPPED, "--drop", "2", *options]
-    done = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=child, env={**os.environ, "TERM": "xterm"})
+    done = start_cli("select", SHIPPED, "--drop", "2", *options, stderr=child, env={**os.environ, "TERM": "xterm"})
     os.close(child)
     shown = b""
     try:
@@ -219,13 +219,12 @@ def test_on_a_terminal(tmp_path):
     assert "━" in shown.decode()
 
 
-def test_nobody_reads(tmp_path):
+def test_nobody_reads(cli, tmp_path):
     """A reader of standard error that goes away (head -1) does not stop the work."""
     read, write = os.pipe()
     os.close(read)
     options = ["--text", TEXT, "--samples", "8", "--length", "16", "-o", tmp_path / "plan.json"]
-    run = [sys.executable, "-m", "export.cli", "select", SHIPPED, "--drop", "2", *options]
-    assert subprocess.run(run, stdout=subprocess.DEVNULL, stderr=write, check=False).returncode == 0
+    cli("select", SHIPPED, "--drop", "2", *options, stderr=write, check=0)
     os.close(write)
     assert (tmp_path / "plan.json").exists()
 
@@ -233,8 +232,8 @@ def test_nobody_reads(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_tells_what_was_kept(pruned, wide, tmp_path, signum):
     report = tmp_path / "report"
-    run = [sys.executable, "-m", "export.cli", "validate", wide, pruned, "-o", report, *QUICKLY, "--prompt=16,32,48,64"]
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    run = ["validate", wide, pruned, "-o", report, *QUICKLY, "--prompt=16,32,48,64"]
+    process = start_cli(*run, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(list(report.glob("unfinished/*.json"))) < 3:
         time.sleep(0.01)
     process.send_signal(signum)

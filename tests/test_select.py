@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import SHIPPED, asked
+from conftest import CALIBRATION, SHIPPED, TEXT, asked, run_program
+from programs import choose_killed
 from safetensors.torch import load_file, save_file
 
 from export.select import select
@@ -29,19 +28,17 @@ from pruner.select.sampling import windows
 from pruner.select.search import search
 from pruner.text import load_tokenizer, read_text
 
-TEXT = SHIPPED.parent / "calibration.txt"
-
 
 def selected(source: Path, **options: object) -> PruningPlan:
     return choose(open_checkpoint(source), **asked(**options)).plan
 
 
-SMALL = {"text": TEXT, "samples": 10, "length": 32}
+SMALL = {"text": CALIBRATION, "samples": 10, "length": 32}
 
 
 @pytest.fixture(scope="module")
 def ids() -> np.ndarray:
-    return windows(read_text(TEXT, load_tokenizer(SHIPPED)).ids, 10, 64, 0)
+    return windows(read_text(CALIBRATION, load_tokenizer(SHIPPED)).ids, 10, 64, 0)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +101,7 @@ def test_similarity_is_llm_drops(ids):
             )
         )
     oracle.logits(model, torch.from_numpy(ids))
-    plan = selected(SHIPPED, drop=4, strategy="similarity", text=TEXT, samples=10, length=64)
+    plan = selected(SHIPPED, drop=4, strategy="similarity", text=CALIBRATION, samples=10, length=64)
     assert plan.selection["scores"] == pytest.approx([got[i] for i in plan.order], abs=1e-5)
     assert list(plan.order) == sorted(range(1, 12), key=lambda i: (got[i], -i))
 
@@ -136,7 +133,7 @@ def test_search_reaches_the_optimum(evaluator):
 
 
 def test_unseen_text(tmp_path):
-    text = TEXT.read_text()
+    text = CALIBRATION.read_text()
     (tmp_path / "seen.txt").write_text(text[: len(text) // 2])
     (tmp_path / "unseen.txt").write_text(text[len(text) // 2 :])
     options = {"text": tmp_path / "seen.txt", "samples": 16, "length": 128}
@@ -154,9 +151,9 @@ def test_unseen_text(tmp_path):
 
 def test_search_beats_similarity_on_unseen_text():
     """A third of the MLPs: 23 to 24% lower at seeds 0 to 2, at least 17% on each eighth of 64 windows."""
-    options = {"drop": 4, "sublayer": "mlp", "text": TEXT, "samples": 10, "length": 64}
+    options = {"drop": 4, "sublayer": "mlp", "text": CALIBRATION, "samples": 10, "length": 64}
     sets = [frozenset(selected(SHIPPED, strategy=name, **options).mlp) for name in ("similarity", "search")]
-    ids = windows(read_text(TEXT.parent / "austen-test.txt", load_tokenizer(SHIPPED)).ids, 16, 64, 0)
+    ids = windows(read_text(TEXT, load_tokenizer(SHIPPED)).ids, 16, 64, 0)
     evaluator = Evaluator(open_checkpoint(SHIPPED), ids, sublayer="mlp", objective="ce")
     evaluator.losses(sets)
     similarity, search = (evaluator.perplexity(dropped) for dropped in sets)
@@ -210,24 +207,9 @@ def test_sets_that_are_not_nested(tmp_path):
     assert read_plan(tmp_path / "cut.json", checkpoint).cut("2", checkpoint).attention != ()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from prune_attn import Calibration, open_checkpoint
-from pruner.select.choose import choose
-partial = Path(sys.argv[3])
-def progress(step):
-    if partial.exists() and step.status.startswith("2 dropped"):
-        os.kill(os.getpid(), signal.SIGKILL)
-calibration = Calibration(sys.argv[2], samples=10, length=32)
-choose(open_checkpoint(sys.argv[1]), 4, calibration, partial=partial, progress=progress)
-"""
-
-
 def test_killed_and_resumed(searched, tmp_path):
     partial = tmp_path / "plan.partial.json"
-    done = subprocess.run([sys.executable, "-c", KILLED, SHIPPED, TEXT, partial], check=False)
-    assert done.returncode == -signal.SIGKILL
+    run_program(choose_killed, SHIPPED, CALIBRATION, partial, check=-signal.SIGKILL)
     with pytest.raises(PruneAttnError, match="--resume"):
         select(SHIPPED, output=tmp_path / "plan.json", **asked(drop=4, **SMALL))
     with pytest.raises(PruneAttnError, match="made with another seed"):
@@ -267,7 +249,7 @@ def test_a_pruned_source(searched, tmp_path):
 def test_bad_input(tmp_path, options, match):
     for name, data in (("empty", b" \n"), ("binary", b"\xff\xfe\x00"), ("short", b"Hello there.")):
         (tmp_path / name).write_bytes(data)
-    options = {"drop": 4, "strategy": "search", "text": TEXT} | options
+    options = {"drop": 4, "strategy": "search", "text": CALIBRATION} | options
     if isinstance(options["text"], str):
         options["text"] = tmp_path / options["text"]
     with pytest.raises(PruneAttnError, match=match) as error:
@@ -280,7 +262,7 @@ def test_the_command(cli, tmp_path):
     plan = tmp_path / "plan.json"
     done = cli("select", SHIPPED, "--drop", "33%", "--strategy", "search", "-o", plan, check=2)
     assert len(done.stderr.splitlines()) == 1
-    args = ("--text", TEXT, "--samples", 8, "--length", 16, "-o", plan)
+    args = ("--text", CALIBRATION, "--samples", 8, "--length", 16, "-o", plan)
     done = cli("select", SHIPPED, "--drop", "33%", *args, check=0)
     assert "layer evaluations" in done.stdout
     assert "running the original: 12 layer evaluations" in done.stderr

@@ -6,17 +6,15 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
-from conftest import SHIPPED, tree
+from conftest import SHIPPED, TEXT, start_cli, tree
 from transformers import AutoTokenizer
 
 from export.sweep import sweep
@@ -25,7 +23,6 @@ from prune_attn import SavedPlan, convert
 from pruner import PruneAttnError
 from pruner.model import TorchLanguageModel
 
-TEXT = Path(__file__).parent / "data" / "austen-test.txt"
 SMALL = dict(strategy="last", window=64, limit=2, rounds=0)
 
 
@@ -109,10 +106,7 @@ def test_without_is_the_model_with_those_switched_off(attention, mlp):
 
 
 def test_speed_is_measured_once_for_each_count_and_shown(tmp_path, make_llama, text, cli):
-    vocabulary = json.loads((SHIPPED / "config.json").read_text())["vocab_size"]
-    small = make_llama("small", vocab_size=vocabulary, max_position_embeddings=64)
-    for file in SHIPPED.glob("tokenizer*"):
-        shutil.copy(file, small)
+    small = make_llama("small", with_tokenizer=True, max_position_embeddings=64)
     arguments = ["sweep", small, "-o", tmp_path / "out", "--text", text, "--fractions", "33%", "--window", 64]
     done = cli(*arguments, "--limit", 1, "--rounds", 5, "--json", check=0)
     result = json.loads(done.stdout)
@@ -171,11 +165,11 @@ def test_an_interrupted_sweep_goes_on(tmp_path, text, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
 
 
-def test_a_killed_sweep_goes_on(tmp_path, text):
-    command = [sys.executable, "-m", "export.cli", "sweep", SHIPPED, "-o", tmp_path / "out", "--text", text,
-               "--strategy", "last", "--window", "64", "--rounds", "0", "--json", "--limit", "40"]  # fmt: skip
+def test_a_killed_sweep_goes_on(cli, tmp_path, text):
+    command = ["sweep", SHIPPED, "-o", tmp_path / "out", "--text", text, "--strategy", "last", "--window", "64",
+               "--rounds", "0", "--json", "--limit", "40"]  # fmt: skip
     state, kept = tmp_path / "out.partial" / "progress.json", {}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with start_cli(*command, stdout=subprocess.DEVNULL, stderr=None) as process:
         while not kept and process.poll() is None:
             time.sleep(0.05)
             kept = json.loads(state.read_text())["perplexity"] if state.exists() else {}
@@ -184,7 +178,7 @@ def test_a_killed_sweep_goes_on(tmp_path, text):
     assert not (tmp_path / "out").exists()
     kept = json.loads(state.read_text())["perplexity"]
     state.write_text(json.dumps(json.loads(state.read_text()) | {"perplexity": kept | {"nothing": 12.5}}))
-    done = subprocess.run(command, capture_output=True, check=True)
+    done = cli(*command, check=0)
     assert json.loads(done.stdout)["original"]["perplexity"] == 12.5  # what was kept is taken, not computed again
 
 

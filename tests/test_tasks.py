@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SHIPPED
+from conftest import TEXT as TEXT_FILE
 
 from prune_attn import WriteOptions
 from pruner import PruneAttnError
@@ -19,14 +20,13 @@ from pruner.model import TorchLanguageModel
 from pruner.progress import Step
 from pruner.text import load_tokenizer
 
-MODEL = Path(__file__).parent / "data" / "gutenberg-llama-5m"
-TEXT = (Path(__file__).parent / "data" / "austen-test.txt").read_text(encoding="utf-8")
+TEXT = TEXT_FILE.read_text(encoding="utf-8")
 LIMIT = 1e-4  # nats a token
 
 
 @pytest.fixture(scope="module")
 def torch_model() -> TorchLanguageModel:
-    return TorchLanguageModel(MODEL, dtype="float32")
+    return TorchLanguageModel(SHIPPED, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def onnx_model(tmp_path_factory):
     from prune_attn import export
 
     output = tmp_path_factory.mktemp("tasks") / "onnx"
-    export(MODEL, output, options=WriteOptions(dtype="float32"))
+    export(SHIPPED, output, options=WriteOptions(dtype="float32"))
     return OnnxSession(output, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MODEL)
+    return load_tokenizer(SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def harness(tokenizer):
     """The harness's own model, loaded by itself from the directory as ``lm_eval --model hf`` does."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(MODEL), device="cpu", dtype="float32", batch_size=3)
+    return HFLM(pretrained=str(SHIPPED), device="cpu", dtype="float32", batch_size=3)
 
 
 @pytest.fixture(params=["torch", "onnx"])
@@ -152,7 +152,7 @@ def test_last_token_graph_is_refused(tmp_path, tokenizer):
     from export.onnx.session import OnnxSession
     from prune_attn import export
 
-    export(MODEL, tmp_path / "last", last_token_logits=True, options=WriteOptions(dtype="float32"))
+    export(SHIPPED, tmp_path / "last", last_token_logits=True, options=WriteOptions(dtype="float32"))
     with pytest.raises(PruneAttnError, match="without --last-token-logits"):
         run_tasks(lambda: OnnxSession(tmp_path / "last", device="cpu"), tokenizer, "cloze", limit=1)
 
@@ -293,7 +293,7 @@ def test_openllm_is_the_harness_own_group():
     """Shots as the harness's own group has them, and each task's metric among those that it reports."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    index = tasks._manager().task_index
+    index = tasks.task_manager().task_index
     group = {entry["task"]: entry["num_fewshot"] for entry in index["openllm"].cfg["task"]}
     group["truthfulqa_mc2"] = group.pop("truthfulqa")
     assert group == {name: shots for name, (shots, _) in tasks.OPENLLM.items()}

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import SHIPPED, TEXT, asked
+from conftest import ROOT, SHIPPED, TEXT, asked, invoke
 from safetensors.torch import load_file, save_file
 
 import export.cli.convert
-import export.cli.main
 from export.select import select
 from export.sweep import sweep
 from export.validate.run import validate
@@ -28,11 +26,6 @@ from pruner.text import load_tokenizer, read_text
 SMALL = dict(samples=8, length=16)
 PARTS = TEXT.read_text("utf-8")[:12_000].split("\n\n")
 PLAIN = "\n\n".join(PARTS)
-
-
-def command(*args: object) -> Result:
-    """The command line, in this process."""
-    return CliRunner().invoke(export.cli.main.cli, [str(arg) for arg in args])
 
 
 def lines(field: str, values: list, **more: object) -> str:
@@ -121,11 +114,11 @@ def test_several_texts_and_a_field_at_the_command_line(texts, tmp_path):
         args = [arg for name in given for arg in ("--text", texts / name)]
         args += ["--text-field", "content"] if i == 2 else []
         args += ["--samples", 8, "--length", 16, "-o", tmp_path / f"{i}.json"]
-        assert command("select", SHIPPED, "--drop", 2, *args).exception is None
+        assert invoke("select", SHIPPED, "--drop", 2, *args).exception is None
         plans.append(json.loads((tmp_path / f"{i}.json").read_text()))
         assert plans[-1]["selection"]["calibration"].pop("text") == ", ".join(given)
     assert plans[0] == plans[1] == plans[2]
-    done = command("select", SHIPPED, "--drop", 2, "--text-field", "content", "-o", tmp_path / "p.json")
+    done = invoke("select", SHIPPED, "--drop", 2, "--text-field", "content", "-o", tmp_path / "p.json")
     assert "--text-field is for choosing by a text" in str(done.exception)
 
 
@@ -156,7 +149,7 @@ def measured(monkeypatch):
 
     def run(*args: object) -> tuple[dict | None, Exception | None]:
         seen.clear()
-        done = command("convert", SHIPPED, *args, "--no-onnx")
+        done = invoke("convert", SHIPPED, *args, "--no-onnx")
         return (seen[0] if seen else None), done.exception
 
     return run
@@ -219,8 +212,8 @@ def test_without_a_text_to_measure_on_the_report_says_so(tmp_path):
 
 def test_a_choice_by_depth_alone_is_noted(texts, tmp_path):
     for args in (("--drop", 2), ("--drop", 2, "--strategy", "keep-last", "--sublayer", "mlp")):
-        assert "--text general" in command("convert", SHIPPED, tmp_path / "out", *args, "--dry-run").stdout
-    assert "--text general" in command("select", SHIPPED, "--drop", 2, "-o", tmp_path / "p.json").stdout
+        assert "--text general" in invoke("convert", SHIPPED, tmp_path / "out", *args, "--dry-run").stdout
+    assert "--text general" in invoke("select", SHIPPED, "--drop", 2, "-o", tmp_path / "p.json").stdout
     for args in (dict(layers=[2]), dict(plan=tmp_path / "p.json"), dict(drop=2, text=texts / "plain.txt", **SMALL)):
         assert not any("--text general" in note for note in convert(SHIPPED, "o", dry_run=True, **asked(**args)).notes)
 
@@ -230,7 +223,7 @@ def test_general_comes_along_and_says_what_it_is(tmp_path, monkeypatch):
     (tmp_path / "general").write_text("A file of that name is ./general.")
     text = read_text("general", load_tokenizer(SHIPPED))
     assert 900_000 < text.bytes < 1_300_000
-    folder = Path(__file__).parent.parent / "pruner" / "texts"
+    folder = ROOT / "pruner" / "texts"
     assert text.content == (folder / "general.txt").read_text("utf-8")
     sources = (folder / "SOURCES.md").read_text("utf-8")
     assert text.sha256 in sources
@@ -296,10 +289,7 @@ def test_sets_whose_loss_is_no_number_are_never_chosen():
 
 def test_a_model_that_overflows_is_told_so(make_llama, tmp_path):
     """Finite weights, and no loss that is a number: the head's logits are beyond float32."""
-    config = json.loads((SHIPPED / "config.json").read_text())
-    source = make_llama("large", vocab_size=config["vocab_size"])
-    for file in SHIPPED.glob("tokenizer*"):
-        shutil.copy(file, source)
+    source = make_llama("large", with_tokenizer=True)
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"].fill_(3e38)
     save_file(weights, source / "model.safetensors", {"format": "pt"})

@@ -6,14 +6,13 @@ import contextlib
 import json
 import math
 import shutil
-from pathlib import Path
 
-import conftest
 import jsonschema
 import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import ROOT, SHIPPED, TEXT
 
 from export.convert import convert
 from export.report import UNFINISHED
@@ -25,10 +24,9 @@ from pruner.errors import PruneAttnError
 from pruner.evaluate import agreement, bootstrap
 from pruner.model import TorchLanguageModel
 
-ROOT = Path(conftest.__file__).parents[1]
 SCHEMA = json.loads((ROOT / "export/report/results.schema.json").read_text())
 LAYERS = [1, 4, 6, 7]
-ACCURACY = Accuracy(conftest.TEXT, window=128, stride=64, max_tokens=1024)
+ACCURACY = Accuracy(TEXT, window=128, stride=64, max_tokens=1024)
 LATENCY = Latency(batches=(1, 2), prompts="16,32", new_tokens=4, repeats=3, seconds=1)
 TORCH = Compute(backends="torch")
 
@@ -37,8 +35,8 @@ TORCH = Compute(backends="torch")
 def pair(tmp_path_factory):
     """(original, pruned), the whole validation of them, done once."""
     directory = tmp_path_factory.mktemp("validate") / "pruned"
-    convert(conftest.SHIPPED, directory, Layers(LAYERS), options=WriteOptions(dtype="float32"))
-    return conftest.SHIPPED, directory, validate(conftest.SHIPPED, directory, accuracy=ACCURACY, latency=LATENCY)
+    convert(SHIPPED, directory, Layers(LAYERS), options=WriteOptions(dtype="float32"))
+    return SHIPPED, directory, validate(SHIPPED, directory, accuracy=ACCURACY, latency=LATENCY)
 
 
 def test_results_keep_the_schema(pair):
@@ -101,7 +99,7 @@ def test_one_changed_tensor_is_found(pair, tmp_path, cli):
     data = bytearray(shard.read_bytes())
     data[-4:] = np.float32(7).tobytes()  # one number of the last tensor
     shard.write_bytes(data)
-    done = cli("validate", original, tmp_path / "tampered", "--text", conftest.TEXT, check=1)
+    done = cli("validate", original, tmp_path / "tampered", "--text", TEXT, check=1)
     assert "not the same function" in done.stderr
     results = json.loads((tmp_path / "tampered/report/results.json").read_text())
     jsonschema.validate(results, SCHEMA)
@@ -318,7 +316,7 @@ def test_bad_input(pair, tmp_path, make_llama, cli):
     a, b = list(vocabulary)[1000:1002]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "tokenizer is not" in cli("validate", original, other, "--text", conftest.TEXT, check=2).stderr
+    assert "tokenizer is not" in cli("validate", original, other, "--text", TEXT, check=2).stderr
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("")
     assert "thesis.tex" in cli("validate", original, pruned, "-o", tmp_path / "full", check=2).stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export.report import content, plots
-from export.report.render import _html, _markdown
+from export.report.render import render_html, render_markdown
 from export.report.write import _write, is_ours, read_results, write_report
 from pruner.errors import PruneAttnError, one_line
 from pruner.files import expand
@@ -36,10 +36,10 @@ def _write_comparison(found: Sequence[dict[str, Any]], output: Path) -> list[Pat
     rows = compare_rows(found)
     figure = plots.compared(rows)
     captions = {"compare": "Quality against speed"} if figure else {}
-    sections = [content.Section(f"{len(rows)} results", _caveats(found), [_compare_table(rows)], list(captions))]
+    sections = [content.Section(f"{len(rows)} results", _caveats(found), [compare_table(rows)], list(captions))]
     files = {"compare.png": plots.png(figure)} if figure else {}
-    files["compare.md"] = _markdown("Results compared", sections, captions).encode()
-    files["compare.html"] = _html("Results compared", sections, {"compare": figure}, captions).encode()
+    files["compare.md"] = render_markdown("Results compared", sections, captions).encode()
+    files["compare.html"] = render_html("Results compared", sections, {"compare": figure}, captions).encode()
     return _write(output, files)
 
 
@@ -71,7 +71,7 @@ def compare_rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _compare_table(rows: list[dict[str, Any]]) -> content.Table:
+def compare_table(rows: list[dict[str, Any]]) -> content.Table:
     head = [
         "",
         "attention gone",

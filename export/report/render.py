@@ -13,7 +13,7 @@ from pruner.errors import printable
 _MOST = 4000  # characters of a paragraph or a cell; a cell lists the hashes of every shard
 
 
-def _markdown(title: str, sections: list[content.Section], captions: dict[str, str]) -> str:
+def render_markdown(title: str, sections: list[content.Section], captions: dict[str, str]) -> str:
     parts = [f"# {plain(title)}"]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -35,7 +35,7 @@ def markdown_table(table: content.Table) -> str:
     return (f"{table.caption}:\n\n" if table.caption else "") + "\n".join(lines)
 
 
-def _html(title: str, sections: list[content.Section], figures: dict[str, Any], captions: dict[str, str]) -> str:
+def render_html(title: str, sections: list[content.Section], figures: dict[str, Any], captions: dict[str, str]) -> str:
     import jinja2
 
     environment = jinja2.Environment(

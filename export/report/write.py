@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from export.report import FORMAT, RESULTS, UNFINISHED, VERSION, content, plots
-from export.report.render import _html, _markdown
+from export.report.render import render_html, render_markdown
 from pruner.errors import PruneAttnError
 from pruner.files import read_json, replace_file
 from pruner.record import is_layers, is_small, misfit
@@ -45,8 +45,8 @@ def write_report(results: dict[str, Any], output: Path) -> list[Path]:
     figures = {name: figure for name in names if (figure := plots.FIGURES[name][0](results)) is not None}
     captions = {name: plots.FIGURES[name][1] for name in figures}
     files = {f"{name}.png": plots.png(figure) for name, figure in figures.items()}
-    files["report.md"] = _markdown(title, sections, captions).encode()
-    files["report.html"] = _html(title, sections, figures, captions).encode()
+    files["report.md"] = render_markdown(title, sections, captions).encode()
+    files["report.html"] = render_html(title, sections, figures, captions).encode()
     files[RESULTS] = (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
     return _write(output, files)
 

@@ -180,6 +180,8 @@ def _tokenizer(model: bytes) -> tuple[bytes, tuple[str, ...]]:
     """``tokenizer.json``, and the names of the tokens 0, 1 and 2: unknown, beginning, end."""
     parsed = _parse(model)
     pieces = [(piece.piece, piece.score, piece.type) for piece in parsed.pieces]
+    if not all(isinstance(text, str) for text, _, _ in pieces):  # protobuf gives bytes for those
+        raise ValueError("a token is not UTF-8 text")
     kind, normaliser = parsed.trainer_spec.model_type, parsed.normalizer_spec.name
     if kind != _BPE or normaliser != "identity":
         raise ValueError(f"kind {kind}, normaliser {normaliser!r}; Llama's are {_BPE} and 'identity'")

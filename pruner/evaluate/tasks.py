@@ -190,16 +190,18 @@ def _resolve_one(text: str) -> list[_Task]:
         file = expand(name)
         _task_file(file)
         return [_Task(str(file.absolute()), shots)]
-    found = _manager().match_tasks([name])
+    found = task_manager().match_tasks([name])
     if not found:
-        like = difflib.get_close_matches(name, [*OPENLLM, "openllm", *SHIPPED, *_manager().all_tasks], n=4, cutoff=0.6)
+        like = difflib.get_close_matches(
+            name, [*OPENLLM, "openllm", *SHIPPED, *task_manager().all_tasks], n=4, cutoff=0.6
+        )
         hint = f"did you mean {', '.join(dict.fromkeys(like))}?" if like else "`lm_eval ls tasks` lists them"
         raise PruneAttnError(f"unknown task {name!r}; {hint}")
     return [_Task(task, shots) for task in found]
 
 
 @functools.cache
-def _manager() -> Any:
+def task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()  # reads 14,000 names, some seconds
@@ -235,7 +237,7 @@ def _load(task: _Task, cache: str, seed: int) -> TaskDict:
                 fields["dataset_kwargs"] = own
             loaded = TaskManager(include_defaults=False).load([fields])
         else:
-            loaded = _manager().load([task.name])
+            loaded = task_manager().load([task.name])
     except PruneAttnError:
         raise
     except Exception as error:  # datasets, the Hub's client and the tasks' own code raise what they like

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
+from cloup import argument, command, option
 
-from export.cli.options import JSON, PATH
+from export.cli.options import JSON, PATH, examples
 from export.cli.show import print_json, say
 
 
-@click.command()
-@click.argument("directory", type=PATH)
-@click.option("--like", type=PATH, required=True, metavar="PRUNED", help="The directory of convert that was trained.")
+@command(epilog=examples("adopt trained --like pruned", "adopt trained --like pruned --json"))
+@argument("directory", type=PATH, help="What save_pretrained wrote after PRUNED was trained further.")
+@option("--like", type=PATH, required=True, metavar="PRUNED", help="The directory of convert that was trained.")
 @JSON
 def adopt(as_json: bool, **options: Any) -> None:
     """Write plan, card and graph for DIRECTORY, which was trained after PRUNED was pruned.

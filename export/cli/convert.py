@@ -7,10 +7,10 @@ import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION, TEXTS
+from export.cli.options import ALLOW, CHOOSING, DTYPE, HUB, JSON, PATH, QUIET, SUBLAYER, TEXTS, examples
 from export.cli.requests import take_calibration, take_request, take_revision
 from export.cli.show import echo, make_table, print_json, show_push
 from export.cli.validate import run_validation
@@ -22,34 +22,38 @@ if TYPE_CHECKING:
     from pruner.hub.source import Revision
 
 
-@click.command()
-@click.argument("source", type=PATH)
-@click.argument("output", type=PATH)
-@click.option("--drop", metavar="N|P%", help="How many sublayers: a count, or a percentage of the original's.")
-@click.option("--layers", metavar="A-B,C", help="Drop these layers, numbered from 0 as they are in SOURCE.")
-@click.option("--plan", type=PATH, help="Drop what a saved plan says (ours, EvoPress's or LLM-Drop's).")
-@click.option(
-    "--sublayer", type=click.Choice(["attention", "mlp", "block"]), help="What to drop.  [default: attention]"
+@command(
+    epilog=examples(
+        "convert Llama-2-13b-hf pruned --drop 33% --text general",
+        "convert meta-llama/Llama-2-7b-hf pruned --plan plan.json --push user/llama-2-7b-pruned",
+    )
+)
+@argument("source", type=PATH, help="A Llama checkpoint: a directory, or a Hub id. It is never touched.")
+@argument("output", type=PATH, help="A new directory. It appears whole or not at all.")
+@option_group(
+    "What to drop",
+    option("--drop", metavar="N|P%", help="How many sublayers: a count, or a percentage of the original's."),
+    option("--layers", metavar="A-B,C", help="Drop these layers, numbered from 0 as they are in SOURCE."),
+    option("--plan", type=PATH, help="Drop what a saved plan says (ours, EvoPress's or LLM-Drop's)."),
+    option("--sublayer", type=SUBLAYER, help="What to drop.  [default: attention]"),
+    *ALLOW,
 )
 @CHOOSING
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Convert the weights.  [default: as they are]",
+@option_group(
+    "How to write",
+    option("--dtype", type=DTYPE, help="Convert the weights.  [default: as they are]"),
+    option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file."),
+    option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]"),
+    option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it."),
+    option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing."),
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it.")
-@click.option("--dry-run", is_flag=True, help="Check everything and show the result; write nothing.")
-@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
-@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
-@click.option(
-    "--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE afterwards (briefly on a CPU)."
+@option_group(
+    "Afterwards",
+    option("--validate", "then_validate", is_flag=True, help="Measure OUTPUT against SOURCE (briefly on a CPU)."),
+    option("--validation-text", **TEXTS, help="Text for --validate to measure on. Without it: no accuracy."),
+    option("--push", metavar="OWNER/NAME", help="Then push OUTPUT to this Hub repository."),
 )
-@click.option("--validation-text", **TEXTS, help="Text for --validate to measure on. Without it: no accuracy.")
-@click.option("--onnx/--no-onnx", default=True, help="Write model.onnx and genai_config.json too.  [default: do]")
-@REVISION
-@CACHE
-@click.option("--push", metavar="OWNER/NAME", help="Then push OUTPUT to this Hub repository.")
+@HUB
 @QUIET
 @JSON
 def convert(

@@ -5,34 +5,37 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, JSON, PATH, QUIET, REVISION, given, takes_only
+from export.cli.options import DTYPE, HUB, JSON, PATH, QUIET, examples, given, takes_only
 from export.cli.requests import take, take_revision
 from export.cli.show import echo, print_json, say
 from pruner.errors import PruneAttnError
 from pruner.progress import format_bytes
 
 
-@click.command()
-@click.argument("directory", type=PATH)
-@click.argument("output", type=PATH, required=False)
-@click.option(
-    "--last-token-logits/--all-logits",
-    default=None,
-    help="Logits of each row's last token only, or of all.  [default: as model.onnx has it, else all]",
+@command(epilog=examples("export pruned --last-token-logits", "export Llama-2-7b-hf llama-2-7b-onnx --dtype float16"))
+@argument("directory", type=PATH, help="What convert or export wrote; with an OUTPUT any Llama, or a Hub id.")
+@argument("output", type=PATH, required=False, help="A new directory for the weights and the graph.")
+@option_group(
+    "The graph",
+    option(
+        "--last-token-logits/--all-logits",
+        default=None,
+        help="Logits of each row's last token only, or of all.  [default: as model.onnx has it, else all]",
+    ),
+    option("--context", type=int, metavar="N", help="Tokens.  [default: as model.onnx has it, else the model's own]"),
+    option("--accept-changes", is_flag=True, help="Shards were changed since the last export, and that was meant."),
 )
-@click.option("--context", type=int, metavar="N", help="Tokens.  [default: as model.onnx has it, else the model's own]")
-@click.option("--accept-changes", is_flag=True, help="Shards were changed since the last export, and that was meant.")
-@click.option(
-    "--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Convert the weights; only into an OUTPUT."
+@option_group(
+    "Into an OUTPUT",
+    option("--dtype", type=DTYPE, help="Convert the weights."),
+    option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file there."),
+    option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it; replace FILE."),
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest weights file there.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT where prune-attn wrote it; replace FILE.")
-@click.option("--gguf", type=PATH, metavar="FILE", help="Write a GGUF file for llama.cpp, and nothing else.")
-@REVISION
-@CACHE
+@option("--gguf", type=PATH, metavar="FILE", help="Write a GGUF file for llama.cpp, and nothing else.")
+@HUB
 @QUIET
 @JSON
 def export(directory: str, output: str | None, as_json: bool, quiet: bool, gguf: str | None, **options: Any) -> None:

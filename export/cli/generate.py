@@ -5,22 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, JSON, PATH, QUIET, REVISION, THREADS
+from export.cli.options import HUB, JSON, PATH, QUIET, THREADS, examples
 from export.cli.show import print_json, write_text
 
 
-@click.command()
-@click.argument("directory", type=PATH)
-@click.option("--prompt", required=True, help="What to go on from; - reads it from standard input.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message.")
-@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most.")
-@click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@THREADS
-@REVISION
-@CACHE
+@command(
+    epilog=examples(
+        'generate pruned --prompt "It was a dark and stormy night, and"', "generate pruned --chat --prompt - < ask.txt"
+    )
+)
+@argument("directory", type=PATH, help="A pruned directory, or a Hub id.")
+@option_group(
+    "The text",
+    option("--prompt", required=True, help="What to go on from; - reads it from standard input."),
+    option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message."),
+    option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="How many at most."),
+)
+@option_group(
+    "The machine",
+    option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True),
+    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    THREADS,
+)
+@HUB
 @QUIET
 @JSON
 def generate(

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
+from cloup import argument, command
 
-from export.cli.options import CACHE, JSON, PATH, REVISION
+from export.cli.options import HUB, JSON, PATH, examples
 from export.cli.show import describe_sublayers, echo, make_table, print_json, sample_rows
 from pruner.files import expand
 from pruner.progress import format_bytes
 
 
-@click.command()
-@click.argument("checkpoint", type=PATH)
-@REVISION
-@CACHE
+@command(epilog=examples("inspect Llama-2-13b-hf", "inspect meta-llama/Llama-2-7b-hf --json"))
+@argument("checkpoint", type=PATH, help="A directory, or a Hub id of which no weights are fetched.")
+@HUB
 @JSON
 def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
-    """Show a checkpoint's sublayers and sizes, and what dropping some would save.
-
-    CHECKPOINT is a directory or a Hub id, of which no weights are fetched.
-    """
+    """Show a checkpoint's sublayers and sizes, and what dropping some would save."""
     from pruner.hub.source import Revision, open_source
     from pruner.summary import inspect
 

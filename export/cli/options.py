@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from cloup import option, option_group
 
 from pruner.errors import PruneAttnError
 from pruner.machine import MOST_THREADS
@@ -15,11 +15,12 @@ from pruner.select.request import OBJECTIVES, STRATEGIES
 PATH = click.Path()
 
 
-_THREADS = {
-    "type": click.IntRange(1, MOST_THREADS), "metavar": "N",
-    "help": "Threads to compute with.  [default: the cores that this process may use]",
-}  # fmt: skip
-THREADS = click.option("--threads", **_THREADS)
+THREADS = option(
+    "--threads",
+    type=click.IntRange(1, MOST_THREADS),
+    metavar="N",
+    help="Threads to compute with.  [default: the cores that this process may use]",
+)
 
 
 def _several(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
@@ -28,39 +29,44 @@ def _several(context: click.Context, parameter: click.Parameter, value: tuple[st
 
 # an option that may be given several times: a list, or None
 TEXTS: dict[str, Any] = {"type": PATH, "multiple": True, "callback": _several}
-_TEXT_FIELD = {"metavar": "NAME", "help": "The field of JSON lines that holds the text.  [default: text]"}
-TEXT_FIELD = click.option("--text-field", **_TEXT_FIELD)
+TEXT_FIELD = option(
+    "--text-field", metavar="NAME", help="The field of JSON lines that holds the text.  [default: text]"
+)
 
 
-REVISION = click.option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
+REVISION = option("--revision", metavar="REV", help="A Hub id's branch, tag or commit.  [default: main]")
+CACHE = option("--cache-dir", type=PATH, help="Where a Hub id is fetched to.  [default: the Hub's cache]")
+HUB = option_group("The Hub", REVISION, CACHE)
 
 
-CACHE = click.option("--cache-dir", type=PATH, help="Where a Hub id is fetched to.  [default: the Hub's cache]")
+CHOOSING = option_group(
+    "What to choose by",
+    option("--strategy", type=click.Choice(STRATEGIES), help="Which go first.  [default: last; search with --text]"),
+    option("--text", **TEXTS, help="Choose by this: UTF-8 or JSON lines (once for each file), or general."),
+    TEXT_FIELD,
+    option("--samples", type=int, metavar="N", help="Windows of the text to run.  [default: 64]"),
+    option("--length", type=int, metavar="N", help="Tokens each.  [default: half the context, at most 2048]"),
+    THREADS,
+    option("--seed", type=click.IntRange(0), default=0, help="Where the windows lie.  [default: 0]"),
+    option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where they are run.  [default: cpu]"),
+    option("--objective", type=click.Choice(OBJECTIVES), help="Divergence from the original, or loss.  [default: kl]"),
+    option("--resume", is_flag=True, help="Go on from where a stopped run got to, to the same plan."),
+)
+ALLOW = (
+    option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it)."),
+    option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go."),
+)
+DTYPE = click.Choice(["float16", "bfloat16", "float32"])
+SUBLAYER = click.Choice(["attention", "mlp", "block"])
 
 
-def CHOOSING(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802, used as the options beside it are
-    """What ``select`` and ``convert`` have in common."""
-    kinds, devices, strategies = (click.Choice(c) for c in (OBJECTIVES, ("cpu", "cuda"), STRATEGIES))
-    for name, settings in (
-        ("--resume", {"is_flag": True, "help": "Go on from where a stopped run got to, to the same plan."}),
-        ("--objective", {"type": kinds, "help": "Divergence from the original, or loss.  [default: kl]"}),
-        ("--device", {"type": devices, "default": "cpu", "help": "Where they are run.  [default: cpu]"}),
-        ("--seed", {"type": click.IntRange(0), "default": 0, "help": "Where the windows lie.  [default: 0]"}),
-        ("--threads", _THREADS),
-        ("--length", {"type": int, "metavar": "N", "help": "Tokens each.  [default: half the context, at most 2048]"}),
-        ("--samples", {"type": int, "metavar": "N", "help": "Windows of the text to run.  [default: 64]"}),
-        ("--text-field", _TEXT_FIELD),
-        ("--text", {**TEXTS, "help": "Choose by this: UTF-8 or JSON lines (once for each file), or general."}),
-        ("--strategy", {"type": strategies, "help": "Which go first.  [default: last; search with --text]"}),
-    ):  # fmt: skip
-        command = click.option(name, **settings)(command)
-    return command
+def examples(*lines: str) -> str:
+    """The end of a verb's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  prune-attn {line}" for line in lines)
 
 
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-
-
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+QUIET = option("-q", "--quiet", is_flag=True, help="Show no progress.")
+JSON = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
 def given(name: str) -> bool:

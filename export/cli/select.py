@@ -5,27 +5,34 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, CHOOSING, JSON, PATH, QUIET, REVISION
+from export.cli.options import ALLOW, CHOOSING, HUB, JSON, PATH, QUIET, SUBLAYER, examples
 from export.cli.requests import take_calibration, take_request, take_revision
 from export.cli.show import echo, make_table, print_json
 
 
-@click.command()
-@click.argument("source", type=PATH)
-@click.option(
-    "--drop", metavar="N|P%", required=True, help="How many sublayers: a count, or a percentage of the original's."
+@command(
+    epilog=examples(
+        "select Llama-2-13b-hf --drop 33% --text general --device cuda -o plan.json",
+        "select Llama-2-13b-hf --drop 50% --text mine.jsonl --strategy similarity",
+    )
 )
-@click.option("--sublayer", type=click.Choice(["attention", "mlp", "block"]), default="attention", show_default=True)
+@argument("source", type=PATH, help="A Llama checkpoint: a directory, or a Hub id, which is fetched.")
+@option_group(
+    "What to drop",
+    option("--drop", metavar="N|P%", required=True, help="How many: a count, or a percentage of the original's."),
+    option("--sublayer", type=SUBLAYER, default="attention", show_default=True),
+    *ALLOW,
+)
 @CHOOSING
-@click.option("-o", "--output", type=PATH, default="plan.json", show_default=True, help="Where the plan goes.")
-@click.option("--overwrite", is_flag=True, help="Replace the plan that lies there.")
-@click.option("--allow-first-layer", is_flag=True, help="Let layer 0's attention go (vLLM will not load it).")
-@click.option("--allow-all", is_flag=True, help="Let every attention, or every MLP, go.")
-@REVISION
-@CACHE
+@option_group(
+    "The plan",
+    option("-o", "--output", type=PATH, default="plan.json", show_default=True, help="Where the plan goes."),
+    option("--overwrite", is_flag=True, help="Replace the plan that lies there."),
+)
+@HUB
 @QUIET
 @JSON
 def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:

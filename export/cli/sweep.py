@@ -5,41 +5,56 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS
+from export.cli.options import DTYPE, JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS, examples
 from export.cli.show import echo, make_table, print_json
 
 
-@click.command()
-@click.argument("source", type=PATH)
-@click.option("-o", "--output", type=PATH, required=True, help="Folder for the table, the plots and the plans.")
-@click.option("--text", required=True, **TEXTS, help="Test text, UTF-8 or JSON lines: perplexity is measured on it.")
-@click.option("--calibration", **TEXTS, help="Another, by which similarity, search and exhaustive choose; or general.")
-@TEXT_FIELD
-@click.option("--sublayer", default="attention", show_default=True, metavar="A,B", help="Of attention, mlp, block.")
-@click.option("--fractions", default="10%,25%,33%,50%", show_default=True, metavar="P%,N", help="How many go.")
-@click.option(
-    "--strategy",
-    metavar="A,B",
-    help="Of last, keep-last, similarity, search, exhaustive.  [default: the first four; two without --calibration]",
+@command(
+    epilog=examples(
+        "sweep Llama-2-7b-hf -o sweep --text test.txt --calibration general --device cuda",
+        "sweep Llama-2-7b-hf -o sweep --text test.txt --sublayer attention,mlp,block --rounds 0",
+    )
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens a test window.  [default: the context, at most 2048]")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N test windows.  [default: all]")
-@click.option("--samples", type=click.IntRange(1), help="Calibration samples.  [default: as select has it]")
-@click.option("--length", type=click.IntRange(2), help="Tokens a calibration sample.  [default: as select has it]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of calibration samples and search.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@THREADS
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Compute in this.  [default: the checkpoint's on CUDA, float32 on the CPU]",
+@argument("source", type=PATH, help="A Llama checkpoint: a directory, or a Hub id, which is fetched.")
+@option("-o", "--output", type=PATH, required=True, help="Folder for the table, the plots and the plans.")
+@option_group(
+    "What to drop",
+    option("--sublayer", default="attention", show_default=True, metavar="A,B", help="Of attention, mlp, block."),
+    option("--fractions", default="10%,25%,33%,50%", show_default=True, metavar="P%,N", help="How many go."),
+    option(
+        "--strategy",
+        metavar="A,B",
+        help="Of last, keep-last, similarity, search, exhaustive.  "
+        "[default: the first four; two without --calibration]",
+    ),
 )
-@click.option(
-    "--rounds", type=click.IntRange(0), default=10, show_default=True, help="Times that speed is measured; 0: not."
+@option_group(
+    "What to choose by",
+    option("--calibration", **TEXTS, help="A text for similarity, search and exhaustive; or general."),
+    TEXT_FIELD,
+    option("--samples", type=click.IntRange(1), help="Calibration samples.  [default: as select has it]"),
+    option("--length", type=click.IntRange(2), help="Tokens a calibration sample.  [default: as select has it]"),
+    option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples and search."),
 )
-@click.option("--overwrite", is_flag=True, help="Replace an OUTPUT that sweep wrote.")
+@option_group(
+    "What to measure",
+    option("--text", required=True, **TEXTS, help="Test text, UTF-8 or JSON lines: perplexity is measured on it."),
+    option("--window", type=click.IntRange(2), help="Tokens a test window.  [default: the context, at most 2048]"),
+    option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N test windows.  [default: all]"),
+    option(
+        "--rounds", type=click.IntRange(0), default=10, show_default=True, help="Times that speed is measured; 0: not."
+    ),
+)
+@option_group(
+    "The machine",
+    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    option("--dtype", type=DTYPE, help="Compute in this.  [default: the checkpoint's on CUDA, float32 on the CPU]"),
+    THREADS,
+)
+@option("--overwrite", is_flag=True, help="Replace an OUTPUT that sweep wrote.")
 @QUIET
 @JSON
 def sweep(source: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:

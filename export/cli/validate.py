@@ -8,9 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS, given
+from export.cli.options import JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS, examples, given
 from export.cli.show import echo, make_table, print_json, say
 from pruner.errors import PruneAttnError
 
@@ -27,43 +28,63 @@ _OF_COMPUTE = ("backend", "device", "dtype", "seed", "threads", "work")
 _LIMITS = ("max_perplexity_increase", "min_agreement", "min_task_average_ratio", "min_decode_speedup")
 
 
-@click.command()
-@click.argument("original", type=PATH)
-@click.argument("pruned", type=PATH)
-@click.option("--text", **TEXTS, help="Text that neither model has seen, UTF-8 or JSON lines. Without it: no accuracy.")
-@TEXT_FIELD
-@click.option("-o", "--output", type=PATH, help="Where the report goes.  [default: PRUNED/report]")
-@click.option("--backend", metavar="B,B", help="torch, onnx.  [default: both, where PRUNED has a model.onnx]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@THREADS
-@click.option("--dtype", help="What PyTorch computes in.  [default: float32 on the CPU, as stored on CUDA]")
-@click.option("--only", metavar="P,P", help="same-function, accuracy, tasks, latency.  [default: all]")
-@click.option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most N examples of each task.")
-@click.option(
-    "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, at most 4096]"
+@command(
+    epilog=examples(
+        "validate Llama-2-13b-hf pruned --text test.txt",
+        "validate Llama-2-13b-hf pruned --tasks openllm --device cuda --min-decode-speedup 1.05",
+    )
 )
-@click.option("--stride", type=click.IntRange(1), metavar="N", help="Tokens between windows.  [default: half a window]")
-@click.option(
-    "--bos",
-    type=click.Choice(["once", "every", "none"]),
-    default="once",
-    show_default=True,
-    help="BOS before the text, before every window, or not at all.",
+@argument("original", type=PATH, help="What PRUNED was made from: a directory, or a Hub id.")
+@argument("pruned", type=PATH, help="What convert wrote: a directory, or a Hub id.")
+@option("-o", "--output", type=PATH, help="Where the report goes.  [default: PRUNED/report]")
+@option("--only", metavar="P,P", help="same-function, accuracy, tasks, latency.  [default: all]")
+@option_group(
+    "Accuracy",
+    option("--text", **TEXTS, help="Text that neither model has seen, UTF-8 or JSON lines. Without it: no accuracy."),
+    TEXT_FIELD,
+    option(
+        "--window", type=click.IntRange(2), metavar="N", help="Tokens of context.  [default: the model's, at most 4096]"
+    ),
+    option("--stride", type=click.IntRange(1), metavar="N", help="Tokens between windows.  [default: half a window]"),
+    option(
+        "--bos",
+        type=click.Choice(["once", "every", "none"]),
+        default="once",
+        show_default=True,
+        help="BOS before the text, before every window, or not at all.",
+    ),
+    option("--max-tokens", type=click.IntRange(1), metavar="N", help="Take only the text's first N tokens."),
 )
-@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Take only the text's first N tokens.")
-@click.option("--batch", metavar="N,N", default="1,8", show_default=True, help="Rows that are timed together.")
-@click.option("--prompt", metavar="N,N", help="Prompt lengths that are timed.  [default: 128,512,2048, what fits]")
-@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Timed after each prompt.")
-@click.option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="Times that each model is run.")
-@click.option("--seconds", type=float, default=60, show_default=True, help="After that long, 3 repeats are enough.")
-@click.option("--compiled/--no-compiled", default=None, help="Time transformers compiled too.  [default: on CUDA]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same accuracy.")
-@click.option("--work", type=PATH, metavar="DIR", help="Place for temporary graphs and weights.  [default: OUTPUT]")
-@click.option("--max-perplexity-increase", metavar="P%", help="Limit: exit with 3 where it is broken.")
-@click.option("--min-agreement", metavar="X", help="Limit: share of tokens with the same most likely one.")
-@click.option("--min-task-average-ratio", metavar="X", help="Limit: pruned over original.")
-@click.option("--min-decode-speedup", metavar="X", help="Limit: of each backend, over all batches and prompts.")
+@option_group(
+    "Tasks",
+    option("--tasks", metavar="T,T", help="openllm, any task of lm-evaluation-harness, or a task's YAML file."),
+    option("--limit", type=click.IntRange(1), metavar="N", help="At most N examples of each task."),
+)
+@option_group(
+    "Latency",
+    option("--batch", metavar="N,N", default="1,8", show_default=True, help="Rows that are timed together."),
+    option("--prompt", metavar="N,N", help="Prompt lengths that are timed.  [default: 128,512,2048, what fits]"),
+    option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Timed after each prompt."),
+    option("--repeats", type=click.IntRange(3), default=20, show_default=True, help="Times that each model is run."),
+    option("--seconds", type=float, default=60, show_default=True, help="After that long, 3 repeats are enough."),
+    option("--compiled/--no-compiled", default=None, help="Time transformers compiled too.  [default: on CUDA]"),
+)
+@option_group(
+    "Limits (exit code 3 where one is broken)",
+    option("--max-perplexity-increase", metavar="P%", help="In percent of the original's."),
+    option("--min-agreement", metavar="X", help="Share of tokens with the same most likely one."),
+    option("--min-task-average-ratio", metavar="X", help="Pruned over original."),
+    option("--min-decode-speedup", metavar="X", help="Of each backend, over all batches and prompts."),
+)
+@option_group(
+    "The machine",
+    option("--backend", metavar="B,B", help="torch, onnx.  [default: both, where PRUNED has a model.onnx]"),
+    option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    option("--dtype", help="What PyTorch computes in.  [default: float32 on the CPU, as stored on CUDA]"),
+    THREADS,
+    option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same accuracy."),
+    option("--work", type=PATH, metavar="DIR", help="Place for temporary graphs and weights.  [default: OUTPUT]"),
+)
 @QUIET
 @JSON
 def validate(original: str, pruned: str, as_json: bool, quiet: bool, **options: Any) -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import click
+from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
-from export.cli.options import CACHE, JSON, PATH, QUIET
+from export.cli.options import CACHE, JSON, PATH, QUIET, examples
 from export.cli.show import print_json, say
 
 
-@click.command()
-@click.argument("output", type=PATH)
-@click.option("--against", type=PATH, metavar="SOURCE", help="Compare every kept tensor with SOURCE, byte for byte.")
-@click.option("--revision", metavar="REV", help="SOURCE's branch, tag or commit, on the Hub.  [default: main]")
-@click.option("--output-revision", metavar="REV", help="OUTPUT's, where it is on the Hub.  [default: main]")
-@CACHE
+@command(epilog=examples("verify pruned", "verify pruned --against meta-llama/Llama-2-13b-hf"))
+@argument("output", type=PATH, help="What convert wrote: a directory, or a Hub id.")
+@option("--against", type=PATH, metavar="SOURCE", help="Compare every kept tensor with SOURCE, byte for byte.")
+@option_group(
+    "The Hub",
+    option("--revision", metavar="REV", help="SOURCE's branch, tag or commit, on the Hub.  [default: main]"),
+    option("--output-revision", metavar="REV", help="OUTPUT's, where it is on the Hub.  [default: main]"),
+    CACHE,
+)
 @QUIET
 @JSON
 def verify(output: str, against: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Check a directory that convert wrote. Exits with 1 where something is wrong.
-
-    OUTPUT and SOURCE are directories or Hub ids.
-    """
+    """Check a directory that convert wrote. Exits with 1 where something is wrong."""
     from export.verify import verify
 
     with show_progress(quiet) as progress:

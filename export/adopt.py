@@ -9,16 +9,18 @@ from typing import Any
 
 from export import record
 from export.card import retrained_card
+from export.companions import companions
 from export.onnx import GraphOptions
 from export.staging import replace_files
 from pruner import __version__
 from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.checkpoint.companions import is_companion
+from pruner.checkpoint.companions import LICENCE, is_companion
 from pruner.errors import PruneAttnError
 from pruner.files import expand
 from pruner.names import CARD, CONFIG, INDEX, PLAN_FILE
 from pruner.nemotron_nas import dialect
 from pruner.record import read_record
+from pruner.text import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def adopt(directory: str | os.PathLike[str], like: str | os.PathLike[str]) -> Ad
     checkpoint = _check(checkpoint, pruned)
     config = dialect.write_config(checkpoint.config, checkpoint.decoder, directory / CONFIG)
     checkpoint = replace(checkpoint, config=config)
-    files = {CONFIG: dialect.dump(config)}
+    files = {CONFIG: dialect.dump(config)} | _licences(pruned, directory)
     if config["model_type"] == dialect.MODEL_TYPE:
         files |= dialect.code_files()
     facts = {key: value for key, value in facts.items() if key != "files"}
@@ -61,6 +63,8 @@ def adopt(directory: str | os.PathLike[str], like: str | os.PathLike[str]) -> Ad
         files[CARD] = retrained_card(like).encode()
     else:
         notes.append(f"{CARD} was there and is kept; say in it that the model was pruned, and how")
+    if not has_tokenizer(directory):
+        notes.append(f"there is no tokenizer; copy the tokenizer files from {like} and adopt again")
     facts["files"] = _listed(checkpoint, files) | {name: {} for name in runtime}
     replace_files(directory, files | runtime | {PLAN_FILE: record.dump(facts)})
     return Adoption(directory, [*files, *runtime, PLAN_FILE], notes)
@@ -83,6 +87,12 @@ def _check(checkpoint: Checkpoint, pruned: Checkpoint) -> Checkpoint:
     if foreign := record.unknown(there, {"files": model}):
         raise PruneAttnError(f"{checkpoint.path / foreign[0]}: is no part of a model; move it away and adopt again")
     return checkpoint
+
+
+def _licences(pruned: Checkpoint, directory: Path) -> dict[str, bytes]:
+    """The licence texts of ``pruned`` that training did not save; its card says that they come along."""
+    along = {name: data for name, data in companions(pruned).items() if is_companion(name, LICENCE)}
+    return {name: data for name, data in along.items() if not (directory / name).exists()}
 
 
 def _runtime(checkpoint: Checkpoint, facts: dict[str, Any]) -> tuple[dict[str, bytes], list[str]]:

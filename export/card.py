@@ -97,13 +97,13 @@ def model_card(
             ("KV-cache bytes a token", "kv_cache_bytes_per_token"),
         )
     )
+    attention, mlp = _gone(plan)
     custom_code = (
         "The two `.py` files here are all the custom code there is: transformers' own Llama without the modules that\n"
         "`block_configs` drops."
         if custom
-        else "Whole blocks were removed, so this is a plain Llama and needs no custom code."
+        else f"{'Whole blocks were removed, so t' if mlp else 'T'}his is a plain Llama and needs no custom code."
     )
-    attention, mlp = _gone(plan)
     changed, did = (
         ("pruned", "Sublayers were physically removed") if attention or mlp else ("laid out anew", "Laid out")
     )

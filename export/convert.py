@@ -141,7 +141,7 @@ def _conversion(
 def _expected_notes(layout: Layout) -> list[str]:
     """What a dry run can say of the output."""
     graph = [] if layout.options.graph is None else runs_on(layout.checkpoint, layout.options.dtype)
-    return [*layout.notes, *notes_for(layout.left, layout.config), *graph]
+    return [*layout.notes, *notes_for(layout.left, layout.config, True), *graph]
 
 
 def _push(output: Path, repository: str, progress: Progress | None) -> Push:

@@ -15,10 +15,14 @@ def runs_on(checkpoint: Checkpoint, dtype: str | None) -> list[str]:
     return [RUNS_ON[name] for name in names if len(names) == 1 and name in RUNS_ON]
 
 
-def notes_for(result: Decoder, config: dict[str, Any]) -> list[str]:
+def notes_for(result: Decoder, config: dict[str, Any], dropped: bool) -> list[str]:
+    """What to know of engines; ``dropped``: whether anything was removed, or the model only laid out anew."""
     notes = []
     if config["model_type"] != dialect.MODEL_TYPE:
-        notes.append("whole blocks removed and the rest renumbered: the output is a plain Llama, without custom code")
+        if dropped:
+            notes.append(
+                "whole blocks removed and the rest renumbered: the output is a plain Llama, without custom code"
+            )
         return notes
     if dialect.engine_intermediate_size(result) != result.intermediate_size:
         notes.append(
@@ -110,7 +114,9 @@ model_id = "PATH"
 path = model_id if os.path.isdir(model_id) else snapshot_download(model_id)
 tokenizer = AutoTokenizer.from_pretrained(pathTRUST)
 session = ort.InferenceSession(f"{path}/model.onnx", providers=["CPUExecutionProvider"])
-ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]  # several prompts: pad them on the right
+ids = tokenizer("Once upon a time", return_tensors="np")["input_ids"]
+# A batch: pad it on the right, with 0 in the mask, and take each row's logits at its own last token. A row that is
+# padded on the left has NaN for logits, of which argmax makes token 0; one whose pads have a 1 is silently wrong.
 inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 for cache in session.get_inputs()[2:]:  # keys and values of the attentions that are left: empty at first
     dtype = np.float16 if "float16" in cache.type else np.float32

@@ -34,7 +34,6 @@ def make_record(plan: PruningPlan, checkpoint: Checkpoint, result: Decoder, dtyp
 
     ``dtype`` is what the weights were converted to, ``None`` where they are the source's bytes.
     """
-    previous = read_record(checkpoint.path)
     return plan.to_json() | {
         "source": checkpoint.fingerprint(),
         "tool": {"name": "prune-attn", "version": __version__},
@@ -42,8 +41,13 @@ def make_record(plan: PruningPlan, checkpoint: Checkpoint, result: Decoder, dtyp
         "model": {"numbered_layers": checkpoint.decoder.num_layers},
         "result": describe(output_decoder(result)),
         "converted_to": dtype,
-        "previous": None if previous is None else {k: v for k, v in previous.items() if k != "files"},
+        "previous": without_files(read_record(checkpoint.path)),
     }
+
+
+def without_files(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the record of the next pruning keeps of this one."""
+    return None if record is None else {k: v for k, v in record.items() if k != "files"}
 
 
 def describe(decoder: Decoder) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Verification:
     path: Path
     against: Path | None
     converted_to: str | None = None
+    through: list[str] = field(default_factory=list)  # dtypes that they were converted to before that
     problems: list[str] = field(default_factory=list)
     compared: int = 0
     changed: bool = False  # trained after it was pruned, says its plan: its tensors need not be the source's
@@ -59,6 +60,7 @@ class Verification:
             "problems": self.problems,
             "tensors_compared": self.compared,
             "converted_to": self.converted_to,
+            "through": self.through,
             "changed": self.changed,
             "differ": self.differ,
         }
@@ -165,7 +167,8 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
         if not result.problems:
             dtypes = [dtype for step in steps if (dtype := step.get("converted_to"))]
             result.converted_to = dtypes[-1] if dtypes else None
-            through = [safetensors_dtype(dtype) for dtype in dtypes[:-1]]
+            result.through = dtypes[:-1]
+            through = [safetensors_dtype(dtype) for dtype in result.through]
             compare_tensors(checkpoint, made, made.decoder, result, progress, through)
 
 
@@ -206,10 +209,15 @@ def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> I
 def _since(facts: dict[str, Any], source: Checkpoint) -> list[dict[str, Any]]:
     """The steps in which the output was made from ``source``, wherever that lies; empty where it was not."""
     found, steps = source.fingerprint(), record.steps(facts)
-    for start in reversed(range(len(steps))):
-        if all(steps[start]["source"].get(key) == found[key] for key in ("config_sha256", "shards")):
-            return steps[start:]
-    return []
+    starts = [
+        start
+        for start, step in enumerate(steps)
+        if all(step["source"].get(key) == found[key] for key in ("config_sha256", "shards"))
+    ]
+    # what was only laid out anew has the very files of its source: which of the two it is, its record says
+    before = record.without_files(record.read_record(source.path))
+    own = [start for start in starts if steps[start].get("previous") == before]
+    return steps[max(own or starts) :] if starts else []
 
 
 def _again(output: Path, steps: list[dict[str, Any]], source: Checkpoint, problems: list[str]) -> Checkpoint:

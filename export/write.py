@@ -23,6 +23,7 @@ from pruner.errors import PruneAttnError
 from pruner.files import write_file
 from pruner.names import CARD, PLAN_FILE
 from pruner.nemotron_nas import dialect
+from pruner.plan import NOTHING
 from pruner.progress import Progress, Step
 
 
@@ -64,7 +65,7 @@ def _fill(directory: Path, layout: Layout, progress: Progress | None) -> tuple[b
         written.append(write_file(directory / name, data))
     facts = record.make_record(layout.plan, checkpoint, layout.left, layout.options.dtype)
     output = open_checkpoint(directory)
-    engine_notes = notes_for(layout.left, config)
+    engine_notes = notes_for(layout.left, config, layout.plan.strategy != NOTHING)
     runtime, notes = _runtime_files(output, facts, layout)
     card_notes = engine_notes if custom else []
     if runtime and TOKENIZER_JSON not in along:

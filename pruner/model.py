@@ -74,6 +74,14 @@ def check_extension(rows: int, prompts: Sequence[Sequence[int]]) -> None:
         )
 
 
+def check_step(rows: int, tokens: Sequence[int]) -> None:
+    """``PruneAttnError`` where these are not one token for each of the rows in the cache (0: nothing was begun)."""
+    if not rows:
+        raise PruneAttnError(NOTHING_BEGUN)
+    if len(tokens) != rows:
+        raise PruneAttnError(f"{len(tokens)} tokens were given for the {rows} rows in the cache")
+
+
 class Turns:
     """One thread's text at a time in a model's cache.
 
@@ -222,8 +230,8 @@ class TorchLanguageModel(Turns):
         import torch
 
         with self._turn():
-            if self._mask is None:
-                raise PruneAttnError(NOTHING_BEGUN)
+            check_step(0 if self._mask is None else len(self._mask), tokens)
+            check_ids(tokens, self._checkpoint, "the text")
             ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
             return self._forward(ids, torch.ones_like(ids))
 

@@ -97,7 +97,7 @@ def main() -> None:
         ):  # random weights don't mind reading it twice
             times = int(samples * length * 1.05 / len(known.ids)) + 1
             text = Path(name) / "text.txt"
-            text.write_bytes(known.path.read_bytes() * times)
+            text.write_bytes(Path(known.path).read_bytes() * times)
             known = read_text(text, load_tokenizer(source))
         context = int(open_checkpoint(source).config["max_position_embeddings"])
         samples, length = how_many(known, context, samples, length, print)

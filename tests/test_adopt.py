@@ -70,6 +70,27 @@ def test_trained_adopted_verified_pushed(pruned, trained, cli, tmp_path):
     assert not verify(trained).ok
 
 
+def test_what_training_did_not_save(tmp_path, cli):
+    """Licence texts come along, a missing tokenizer is told, and of many tensors that differ five are named."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = shutil.copytree(SHIPPED, tmp_path / "source")
+    (source / "LICENSE.txt").write_text("Mine\n")
+    convert(source, pruned := tmp_path / "pruned", Layers("5"))
+    model = AutoModelForCausalLM.from_pretrained(pruned, trust_remote_code=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "trained")
+    done = adopt(tmp_path / "trained", pruned)
+    assert any("there is no tokenizer" in note for note in done.notes)
+    assert (tmp_path / "trained/LICENSE.txt").read_text() == "Mine\n"
+    said = cli("verify", tmp_path / "trained", "--against", source, check=0).stdout
+    assert "12 tensors differ from" in said
+    assert said.endswith("model.layers.2.mlp.up_proj.weight and 7 more\n") or said.count("up_proj") == 5
+
+
 def test_what_is_not_adopted(pruned, trained, tmp_path, cli):
     kept = tree(trained)
     convert(SHIPPED, tmp_path / "other", Layers("4,9"))

@@ -102,10 +102,12 @@ def test_what_went_before_and_where_nothing_goes(tmp_path):
     text = (tmp_path / "twice" / "README.md").read_text()
     assert "█████░███░██" in text
     assert "attention removed at layers: 5, 9" in text
-    export(SHIPPED, tmp_path / "exported")
+    exported = export(SHIPPED, tmp_path / "exported")
+    assert not any("removed" in note for note in exported.notes)
     text = (tmp_path / "exported" / "README.md").read_text()
     assert "# gutenberg-llama-5m, laid out anew\n" in text
     assert "removed at layers: none" in text
+    assert "Whole blocks" not in text
     assert ModelCard(text).data.tags == ["onnx"]
 
 

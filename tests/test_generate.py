@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -89,13 +90,19 @@ def test_text_by_onnx_runtime_needs_neither_torch_nor_transformers(pruned):
 def test_a_prompt_from_standard_input(pruned, cli):
     words = ("generate", pruned, "--device", "cpu", "--new-tokens", "4", "--json")
     want = json.loads(cli(*words, "--prompt", "It was\n a night", check=0).stdout)["tokens"]
-    said = cli(*words, "--prompt", "-", input="\N{BYTE ORDER MARK}It was\n a night\n", check=0).stdout
-    assert json.loads(said)["tokens"] == want
+    for end in ("\n", "\r\n", ""):
+        said = cli(*words, "--prompt", "-", input=f"\N{BYTE ORDER MARK}It was\n a night{end}", check=0).stdout
+        assert json.loads(said)["tokens"] == want
+
+
+def test_standard_input_that_is_closed(pruned, cli):
+    done = cli("generate", pruned, "--prompt", "-", check=2, preexec_fn=lambda: os.close(0))
+    assert "standard input is closed" in done.stderr
 
 
 def test_standard_input_that_is_no_text(pruned, cli):
     done = cli("generate", pruned, "--prompt", "-", input=b"It was \xff", text=False, check=2)
-    assert done.stderr.decode() == "prune-attn: standard input is not UTF-8 text (byte 7)\n"
+    assert done.stderr.decode() == "prune-attn: standard input is not UTF-8 text (byte 7); save it as UTF-8\n"
 
 
 @pytest.mark.parametrize("where", ["file", "config", "list"])

@@ -689,15 +689,17 @@ def test_generate_takes_what_the_context_holds(tmp_path):
         assert said.text.strip() == tokenizer.decode(said.tokens, skip_special_tokens=True).strip()
 
 
-def test_errors(session, pruned, ids):
+def test_errors(session, oracle, pruned, ids):
     session.reset()
     with pytest.raises(PruneAttnError, match="prefill"):
         session.decode([1])
-    session.prefill([ids, ids])
+    for model in (session, oracle):
+        model.prefill([ids, ids])
+        for tokens, message in (([1], "1 tokens were given for the 2 rows"), ([1, 4096], "0 to 4095"), ([1, -1], "-1")):
+            with pytest.raises(PruneAttnError, match=message):
+                model.decode(tokens)
     for call, message in (
-        (lambda: session.decode([1]), "1 tokens were given for the 2 rows"),
         (lambda: session.extend([ids, ids]), "only one text can be extended"),
-        (lambda: session.decode([1, 4096]), "0 to 4095"),
         (lambda: session.logits(np.array([[0.5]])), "whole numbers"),
         (lambda: session.prefill([[0.5]]), "whole numbers"),
         (lambda: session.logits(np.zeros((1, 2000), int)), "do not fit"),

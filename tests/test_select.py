@@ -25,7 +25,7 @@ from pruner.select.choose import choose
 from pruner.select.evaluator import Evaluator
 from pruner.select.exhaustive import exhaustive, layer_evaluations, subsets
 from pruner.select.sampling import windows
-from pruner.select.search import search
+from pruner.select.search import Found, extend, search
 from pruner.text import load_tokenizer, read_text
 
 
@@ -130,6 +130,23 @@ def test_search_reaches_the_optimum(evaluator):
     for n in (1, 3, 4):
         assert found.sets[n][1] == true.sets[n][1]
     assert evaluator.perplexity(found.sets[6][1]) <= 1.02 * evaluator.perplexity(true.sets[6][1])
+
+
+def test_a_loss_that_is_no_number_is_the_worst():
+    """A set in which values overflow hides none of the others, wherever it stands among them."""
+
+    def losses(sets, samples):
+        return np.array([[math.nan if s & {3, 4} else 9.0 - max(s, default=0)] * samples for s in sets])
+
+    for candidates in (3, 1, 2), (1, 3, 2), (2, 1, 3), (4, 3, 2, 1):
+        best = exhaustive(losses, candidates, 1, 2)
+        assert best.sets[1] == (7.0, {2})
+        found = search(losses, candidates, 1, samples=2, screen=2, confirm=1)
+        assert found.sets[1] == (7.0, {2})
+        part = Found({0: (9.0, frozenset())})
+        extend(losses, candidates, part, 2)
+        assert part.sets[1] == (7.0, {2})
+        assert part.sets[len(candidates)][0] == math.inf
 
 
 def test_unseen_text(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -163,6 +164,21 @@ def test_an_interrupted_sweep_goes_on(tmp_path, text, monkeypatch):
     names = set(tree(tmp_path / "out"))
     assert names == set(tree(tmp_path / "straight"))
     assert {p.name for p in tmp_path.iterdir()} == {"out", "straight"}
+
+
+def test_a_sweep_that_finished_nothing_leaves_nothing(tmp_path, text):
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(SHIPPED, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    options = SMALL | dict(
+        strategy="last,similarity", text=text, calibration=TEXT.parent / "calibration.txt", samples=2, length=32
+    )
+    with pytest.raises(PruneAttnError, match=r"model\.norm\.weight holds NaN"):
+        sweep(source, tmp_path / "out", fractions="1", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_killed_sweep_goes_on(cli, tmp_path, text):

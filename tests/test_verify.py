@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import SHIPPED, asked, edit_config
 
-from prune_attn import WriteOptions, convert, verify
+from prune_attn import Layers, WriteOptions, convert, export, verify
 from pruner import PruneAttnError, open_checkpoint
 
 
@@ -135,6 +135,21 @@ def test_plans_that_were_tampered_with(out, damage):
     (out / "pruning_plan.json").write_text(json.dumps(record | damage))
     found(out, "", SHIPPED)
     verify(out)  # whatever it says, it does not crash
+
+
+def test_a_step_that_only_laid_it_out_anew(tmp_path):
+    """The export in between has the very files of its source, so that either may be what it is held against."""
+    places = [SHIPPED, *(tmp_path / name for name in ("once", "exported", "twice"))]
+    convert(places[0], places[1], Layers("9")), export(places[1], places[2]), convert(places[2], places[3], Layers("5"))
+    for place in places[:-1]:
+        assert verify(places[-1], place).problems == []
+
+
+def test_every_dtype_in_between_is_said(tmp_path, cli):
+    convert(SHIPPED, tmp_path / "once", 1, options=WriteOptions(dtype="bfloat16", graph=None))
+    convert(tmp_path / "once", tmp_path / "twice", Layers("5"), options=WriteOptions(dtype="float32", graph=None))
+    said = cli("verify", tmp_path / "twice", "--against", SHIPPED, check=0).stdout
+    assert "converted to bfloat16, then to float32, byte for byte" in said
 
 
 @pytest.mark.parametrize(

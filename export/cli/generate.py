@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -61,7 +62,9 @@ def generate(
 def _read_input() -> str:
     from pruner.errors import PruneAttnError
 
+    if sys.stdin is None:
+        raise PruneAttnError("standard input is closed; give it a text, or the text itself to --prompt")
     try:
-        return click.get_binary_stream("stdin").read().decode("utf-8-sig").removesuffix("\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise PruneAttnError(f"standard input is not UTF-8 text (byte {error.start})") from None
+        raise PruneAttnError(f"standard input is not UTF-8 text (byte {error.start}); save it as UTF-8") from None

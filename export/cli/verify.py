@@ -11,6 +11,8 @@ from export.cli.bars import show_progress
 from export.cli.options import CACHE, JSON, PATH, QUIET, examples
 from export.cli.show import print_json, say
 
+_NAMED = 5  # of the tensors that differ; --json has them all
+
 
 @command(epilog=examples("verify pruned", "verify pruned --against meta-llama/Llama-2-13b-hf"))
 @argument("output", type=PATH, help="What convert wrote: a directory, or a Hub id.")
@@ -32,14 +34,15 @@ def verify(output: str, against: str | None, as_json: bool, quiet: bool, **optio
     if as_json:
         print_json(result.to_json())
     elif result.ok:
-        after = f" converted to {result.converted_to}" if result.converted_to else ""
+        dtypes = [*result.through, *filter(None, [result.converted_to])]
+        after = f" converted to {', then to '.join(dtypes)}" if dtypes else ""
         compared = f"; {result.compared} tensors equal {against}'s{after}, byte for byte" if against else ""
         if result.changed:
             compared = "; its structure was checked, and its weights were changed after it was pruned"
             if against:
-                compared += (
-                    f"; {len(result.differ)} tensors differ from {against}'s: {', '.join(result.differ) or 'none'}"
-                )
+                names = ", ".join(result.differ[:_NAMED]) or "none"
+                more = f" and {len(result.differ) - _NAMED} more" if len(result.differ) > _NAMED else ""
+                compared += f"; {len(result.differ)} tensors differ from {against}'s: {names}{more}"
         say(f"{output}: ok{compared}")
     else:
         for problem in result.problems:

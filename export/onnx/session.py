@@ -20,7 +20,7 @@ from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import MachineError, PruneAttnError, one_line
 from pruner.llama import Decoder
-from pruner.model import NOTHING_BEGUN, Logits, Turns, check_extension, check_prompts
+from pruner.model import Logits, Turns, check_extension, check_prompts, check_step
 from pruner.names import GRAPH
 
 # ONNX Runtime prefers cuDNN's attention on Hopper, which plans anew for every prompt length: 40 to 70 ms, where on an
@@ -148,10 +148,8 @@ class OnnxSession(Turns):
         Raises ``PruneAttnError`` where nothing was begun, for another number of tokens and where the context is full.
         """
         with self._turn():
-            if self._lengths is None:
-                raise PruneAttnError(NOTHING_BEGUN)
-            if len(tokens) != len(self._lengths):
-                raise PruneAttnError(f"{len(tokens)} tokens were given for the {len(self._lengths)} rows in the cache")
+            check_step(0 if self._lengths is None else len(self._lengths), tokens)
+            assert self._lengths is not None
             ids = self._checked(np.asarray(tokens)[:, None])
             self._check_room(self._lengths + 1)
             self._mask[np.arange(len(tokens)), self._lengths] = 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from pruner.errors import PruneAttnError
 from pruner.files import read_json, replace_file
+from pruner.select.request import POSITIONAL
 
 STATE = "progress.json"
 
@@ -33,13 +34,20 @@ class Kept:
         """The folder of the orders."""
         return self.path / "plans"
 
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether anything is finished that took time; orders by position take none."""
+        orders = [file.stem.partition("-")[2] for file in self.plans.iterdir()]
+        kept = self.perplexity or self.speed or set(orders) - set(POSITIONAL) or any(self.path.glob("*.partial.json"))
+        return bool(kept)
+
     def save(self) -> None:
         """Write what there is."""
         write_whole(self.path / STATE, {k: v for k, v in vars(self).items() if k != "path"})
 
     def told(self) -> str:
         """What a sweep that is stopped has kept."""
-        if not (self.perplexity or self.speed or any(self.plans.iterdir()) or any(self.path.glob("*.partial.json"))):
+        if not self.worth_keeping:
             return "nothing was finished that could be kept"
         return f"what is finished is kept in {self.path}; the same command goes on from there"
 
@@ -80,7 +88,12 @@ def kept(output: Path, setting: dict[str, Any], key: dict[str, Any]) -> Iterator
                 f"{work.path}: holds an interrupted sweep with another {differs[0]}; "
                 "give the options it had to go on with it, or remove it to begin again"
             )
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if not work.worth_keeping:  # it would only be in the way of the next one
+                work.discard()
+            raise
     finally:
         os.close(lock)
 

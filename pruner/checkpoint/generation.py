@@ -138,9 +138,10 @@ def check_ids(ids: Any, checkpoint: Checkpoint, what: str) -> None:
     """Raise ``PruneAttnError`` for a token that the model has no embedding for; ``what`` the ``ids`` are of."""
     import numpy as np
 
-    size, most = checkpoint.decoder.vocab_size, int(np.max(ids, initial=0))
-    if most >= size:
+    size, least, most = checkpoint.decoder.vocab_size, int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
+    if least < 0 or most >= size:
+        token = _named(least if least < 0 else most, checkpoint)
         raise PruneAttnError(
-            f"{what}: holds the token {_named(most, checkpoint)}, and {checkpoint.path} has embeddings for 0 to "
+            f"{what}: holds the token {token}, and {checkpoint.path} has embeddings for 0 to "
             f"{size - 1} only; take it out"
         )

@@ -8,6 +8,7 @@ theirs on the calibration text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,8 +29,8 @@ class Found:
 
 
 def rank(sets: Iterable[Dropped], losses: Iterable[float]) -> list[tuple[float, Dropped]]:
-    """Least loss first; of equal ones the deeper layers first."""
-    pairs = zip(losses, sets, strict=True)
+    """Least loss first; of equal ones the deeper layers first. A loss that is no number comes last, as infinity."""
+    pairs = ((math.inf if math.isnan(loss) else loss, s) for loss, s in zip(losses, sets, strict=True))
     return sorted(pairs, key=lambda pair: (pair[0], sorted(-layer for layer in pair[1])))
 
 

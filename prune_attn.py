@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # what an editor shows; ``__getattr__`` imports the same
     from export.push import Push, push
     from export.report.compare import report
     from export.select import Selected, select
-    from export.sweep.job import sweep
+    from export.sweep.job import Sweep, sweep
+    from export.sweep.options import Machine, Measure, Points
     from export.validate.limits import Limits
     from export.validate.options import Accuracy, Compute, Latency, Tasks
     from export.validate.run import Validation, validate
@@ -46,7 +47,8 @@ _PLACES = {
     "export.push": ("Push", "push"),
     "export.report.compare": ("report",),
     "export.select": ("Selected", "select"),
-    "export.sweep.job": ("sweep",),
+    "export.sweep.job": ("Sweep", "sweep"),
+    "export.sweep.options": ("Machine", "Measure", "Points"),
     "export.validate.limits": ("Limits",),
     "export.validate.options": ("Accuracy", "Compute", "Latency", "Tasks"),
     "export.validate.run": ("Validation", "validate"),

@@ -101,9 +101,9 @@ def read_contents(texts: Texts, field: str | None = None) -> list[str]:
     return [_read(_GENERAL_FILE if os.fspath(path) == GENERAL else expand(path), field or "text") for path in paths]
 
 
-def check_apart(measured: Texts, chosen: Texts, field: str | None = None) -> None:
+def check_apart(measured: Texts, chosen: Texts, field: str | None = None, chosen_field: str | None = None) -> None:
     """``PruneAttnError`` where a text to measure on is one to choose by: that says nothing of unseen text."""
-    seen = set(read_contents(chosen, field))
+    seen = set(read_contents(chosen, chosen_field))
     for path, content in zip(_files(measured), read_contents(measured, field), strict=True):
         if content in seen:
             raise PruneAttnError(

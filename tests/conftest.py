@@ -118,6 +118,24 @@ def asked(**options: Any) -> dict[str, Any]:
     return arguments | ({"options": WriteOptions(**options)} if options else {})
 
 
+def swept(**options: Any) -> dict[str, Any]:
+    """Options as the command line names them, as the arguments of ``sweep`` that they stand for."""
+    from prune_attn import Calibration, Machine, Measure, Points
+
+    def taken(**names: str) -> dict[str, Any]:
+        return {field: options.pop(name) for field, name in names.items() if name in options}
+
+    field = {"text_field": options.pop("text_field", None)}
+    by = taken(samples="samples", length="length", seed="seed")
+    arguments = {
+        "measure": Measure(**taken(text="text", window="window", limit="limit", rounds="rounds"), **field),
+        "points": Points(**taken(fractions="fractions", sublayers="sublayer", strategies="strategy")),
+        "machine": Machine(**taken(device="device", dtype="dtype", threads="threads")),
+    }
+    text = options.pop("calibration", None)
+    return arguments | options | ({"calibration": Calibration(text, **by, **field)} if text is not None else {})
+
+
 def hub_snapshot(files: Path, repository: Path) -> Path:
     """These files as ``snapshot_download`` lays them out: links of a snapshot, which is returned, into ``blobs/``."""
     blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123abcd"

@@ -8,12 +8,12 @@ import sys
 import tomllib
 
 import pytest
-from conftest import PIPES, ROOT, SHIPPED, TEXT
+from conftest import PIPES, ROOT, SHIPPED, TEXT, swept
 
 from export.gguf import write_gguf
 from export.report.compare import report
 from export.select import select
-from export.sweep import sweep
+from export.sweep.job import sweep
 from export.validate.run import validate
 from prune_attn import Accuracy, Calibration, Compute, Drop, SavedPlan, convert, export, push, verify
 from pruner.errors import PruneAttnError
@@ -48,8 +48,12 @@ def test_home_in_quotes_from_python(home):
     export("~/laid-out")
     write_gguf("~/out", "~/out.gguf")
     assert push("~/out", "user/name", dry_run=True).files
-    sweep("~/model", "~/swept", text="~/text", calibration="~/other", strategy="similarity", fractions="4", window=64,
-          limit=2, rounds=0, **small)  # fmt: skip
+    small_sweep = {"fractions": "4", "window": 64, "limit": 2, "rounds": 0} | small
+    sweep(
+        "~/model",
+        "~/swept",
+        **swept(text="~/text", calibration="~/other", strategy="similarity", **small_sweep),
+    )
     (home / "work").mkdir()
     accuracy, compute = Accuracy("~/text", max_tokens=600, window=64), Compute("torch", work="~/work")
     validate("~/model", "~/out", "~/measured", accuracy=accuracy, latency=None, compute=compute)

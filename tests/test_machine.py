@@ -6,12 +6,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, TEXT, asked, run_program
+from conftest import SHIPPED, TEXT, asked, run_program, swept
 from programs import threads as taken
 
 from export.generate import generate
 from export.select import select
-from export.sweep import sweep
+from export.sweep.job import sweep
 from export.validate.run import validate
 from prune_attn import Compute, Latency, WriteOptions, convert
 from pruner import machine
@@ -174,8 +174,8 @@ def test_sweep_refuses_to_go_on_with_other_threads(tmp_path, monkeypatch):
     from export.sweep import measure
 
     def run(threads):
-        return sweep(SHIPPED, tmp_path / "out", text=TEXT, fractions="2", strategy="last", window=64, limit=2, rounds=0,
-                     threads=threads)  # fmt: skip
+        return sweep(SHIPPED, tmp_path / "out", **swept(
+            text=TEXT, fractions="2", strategy="last", window=64, limit=2, rounds=0, threads=threads))  # fmt: skip
 
     stopped(lambda: run(1), monkeypatch, measure, "key")
     with pytest.raises(PruneAttnError, match="another number of threads"):

@@ -9,11 +9,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import SHIPPED, TEXT, asked, start_cli
+from conftest import SHIPPED, TEXT, asked, start_cli, swept
 
 from export.cli import bars
 from export.select import select
-from export.sweep import sweep
+from export.sweep.job import sweep
 from export.validate.run import validate
 from prune_attn import Compute, Latency, WriteOptions, convert
 from pruner.progress import Stages, Step, keeping
@@ -177,11 +177,11 @@ def test_what_a_stopped_validate_kept(pruned, wide, tmp_path):
 def test_what_a_stopped_sweep_kept(tmp_path):
     options = {"text": TEXT, "fractions": "2,4", "strategy": "last", "window": 32, "limit": 2, "rounds": 0}
     second = Seen(lambda step: step.status == "perplexity, 2 of 3")
-    told = notes(lambda: sweep(SHIPPED, tmp_path / "out", progress=second, **options))
+    told = notes(lambda: sweep(SHIPPED, tmp_path / "out", progress=second, **swept(**options)))
     assert told == f"what is finished is kept in {tmp_path / 'out.partial'}; the same command goes on from there"
     assert len(json.loads((tmp_path / "out.partial" / "progress.json").read_text())["perplexity"]) == 1
     rest = Seen()
-    sweep(SHIPPED, tmp_path / "out", progress=rest, **options)
+    sweep(SHIPPED, tmp_path / "out", progress=rest, **swept(**options))
     assert rest.whats() == ["measuring"]
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from conftest import SHIPPED, TEXT, start_cli, tree
+from conftest import SHIPPED, TEXT, start_cli, swept, tree
 from transformers import AutoTokenizer
 
-from export.sweep import sweep
+from export.sweep.job import sweep
 from export.sweep.table import within_noise
-from prune_attn import SavedPlan, convert
+from prune_attn import Measure, Points, SavedPlan, convert
 from pruner import PruneAttnError
 from pruner.model import TorchLanguageModel
 
@@ -52,8 +52,12 @@ def test_the_table_against_plain_pytorch(tmp_path):
     from PIL import Image
 
     shares = "25%,50%"
-    result = sweep(SHIPPED, tmp_path / "out", text=TEXT, sublayer="attention,mlp,block", fractions=shares, window=128,
-                   limit=4, rounds=0)  # fmt: skip
+    result = sweep(
+        SHIPPED,
+        tmp_path / "out",
+        Measure(TEXT, window=128, limit=4, rounds=0),
+        points=Points(shares, ["attention", "mlp", "block"]),
+    )
     rows = [result.original, *result.points]
     assert [(r["sublayer"], r["strategy"], r["fraction"]) for r in result.points] == [
         (kind, name, share)
@@ -142,7 +146,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, text, monkeypatch):
     from pruner.evaluate import perplexity as module
 
     options = SMALL | dict(text=text, fractions="10%,25%,33%,50%")
-    straight = sweep(SHIPPED, tmp_path / "straight", **options)
+    straight = sweep(SHIPPED, tmp_path / "straight", **swept(**options))
     score, calls = module.score, []
 
     def stopping(*args, **kwargs):
@@ -153,12 +157,12 @@ def test_an_interrupted_sweep_goes_on(tmp_path, text, monkeypatch):
 
     monkeypatch.setattr(module, "score", stopping)
     with pytest.raises(KeyboardInterrupt):
-        sweep(SHIPPED, tmp_path / "out", **options)
+        sweep(SHIPPED, tmp_path / "out", **swept(**options))
     assert not (tmp_path / "out").exists()
     with pytest.raises(PruneAttnError, match="another text"):
-        sweep(SHIPPED, tmp_path / "out", **options | dict(limit=3))
+        sweep(SHIPPED, tmp_path / "out", **swept(**options | dict(limit=3)))
     monkeypatch.setattr(module, "score", lambda *args, **kwargs: calls.append(args) or score(*args, **kwargs))
-    resumed = sweep(SHIPPED, tmp_path / "out", **options)
+    resumed = sweep(SHIPPED, tmp_path / "out", **swept(**options))
     assert len(calls) == 5  # the original and four fractions, each once
     assert (resumed.original, resumed.points) == (straight.original, straight.points)
     names = set(tree(tmp_path / "out"))
@@ -203,7 +207,9 @@ def test_search_and_similarity_beat_the_last_on_unseen_text(tmp_path):
     (tmp_path / "calibration.txt").write_text("".join(lines[len(lines) // 2 :]))
     options = dict(calibration=tmp_path / "calibration.txt", samples=16, length=128, window=256, limit=16, rounds=0)
     result = sweep(
-        SHIPPED, tmp_path / "out", text=TEXT, strategy="last,similarity,search", fractions="33%,25%", **options
+        SHIPPED,
+        tmp_path / "out",
+        **swept(text=TEXT, strategy="last,similarity,search", fractions="33%,25%", **options),
     )
     of = {(row["strategy"], row["fraction"]): row["perplexity"] for row in result.points}
     for fraction in ("25%", "33%"):
@@ -236,7 +242,7 @@ def test_bad_input(tmp_path, text, options, match):
     if options.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(PruneAttnError, match=match) as error:
-        sweep(SHIPPED, tmp_path / "out", **SMALL | {"text": text} | options)
+        sweep(SHIPPED, tmp_path / "out", **swept(**SMALL | {"text": text} | options))
     assert "\n" not in str(error.value)
     assert not any(tmp_path.iterdir())
 
@@ -244,10 +250,10 @@ def test_bad_input(tmp_path, text, options, match):
 def test_outputs_that_are_not_ours_stay(tmp_path, text, cli):
     options = SMALL | dict(text=text, fractions="1")
     out = tmp_path / "out"
-    sweep(SHIPPED, out, **options)
+    sweep(SHIPPED, out, **swept(**options))
     with pytest.raises(PruneAttnError, match="--overwrite"):
-        sweep(SHIPPED, out, **options)
-    sweep(SHIPPED, out, **options | dict(fractions="2"), overwrite=True)
+        sweep(SHIPPED, out, **swept(**options))
+    sweep(SHIPPED, out, overwrite=True, **swept(**options | dict(fractions="2")))
     assert json.loads((out / "sweep.json").read_text())["setting"]["fractions"] == ["2"]
     (out / "notes.txt").write_text("mine")
     before = tree(out)
@@ -257,7 +263,7 @@ def test_outputs_that_are_not_ours_stay(tmp_path, text, cli):
     assert tree(out) == before
     os.mkdir(tmp_path / "new.partial")
     with pytest.raises(PruneAttnError, match="in the way"):
-        sweep(SHIPPED, tmp_path / "new", **options)
+        sweep(SHIPPED, tmp_path / "new", **swept(**options))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, TEXT, asked, invoke
+from conftest import ROOT, SHIPPED, TEXT, asked, invoke, swept
 from safetensors.torch import load_file, save_file
 
 import export.cli.convert
 from export.select import select
-from export.sweep import sweep
+from export.sweep.job import sweep
 from export.validate.run import validate
 from prune_attn import Accuracy, Calibration, Compute, Layers, WriteOptions, convert
 from pruner import PruneAttnError
@@ -125,11 +125,15 @@ def test_several_texts_and_a_field_at_the_command_line(texts, tmp_path):
 def test_sweep_and_validate_read_json_lines(texts, tmp_path):
     """The text is the plain one's: its hash, its bytes, its tokens."""
     options = dict(text=texts / "content.ndjson", text_field="content", window=64)
-    made = sweep(SHIPPED, tmp_path / "s", **options, fractions="2", strategy="last", limit=2, rounds=0)
+    made = sweep(SHIPPED, tmp_path / "s", **swept(**options, fractions="2", strategy="last", limit=2, rounds=0))
     known = hashlib.sha256(PLAIN.encode()).hexdigest()
     assert (made.setting["text"]["sha256"], made.setting["text"]["bytes"]) == (known, len(PLAIN.encode()))
     with pytest.raises(PruneAttnError, match="is the calibration text too"):
-        sweep(SHIPPED, tmp_path / "t", text=[texts / "data.jsonl", TEXT], calibration=texts / "plain.txt", rounds=0)
+        sweep(
+            SHIPPED,
+            tmp_path / "t",
+            **swept(text=[texts / "data.jsonl", TEXT], calibration=texts / "plain.txt", rounds=0),
+        )
     pruned = convert(SHIPPED, tmp_path / "pruned", Layers([2]), options=WriteOptions(graph=None)).output
     asked, compute = Accuracy(texts / "content.ndjson", "content", window=64), Compute("torch")
     measured = validate(SHIPPED, pruned, tmp_path / "r", accuracy=asked, latency=None, compute=compute).results
@@ -266,7 +270,7 @@ def test_validate_and_sweep_name_the_tensor(broken, tmp_path):
     name = "model.layers.4.mlp.down_proj.weight"
     source = broken(name, float("nan"))
     with pytest.raises(PruneAttnError, match=name):
-        sweep(source, tmp_path / "s", text=TEXT, fractions="2", window=64, limit=1, rounds=0)
+        sweep(source, tmp_path / "s", **swept(text=TEXT, fractions="2", window=64, limit=1, rounds=0))
     pruned = convert(source, tmp_path / "pruned", 2, options=WriteOptions(graph=None)).output
     asked = Accuracy(TEXT, window=64, max_tokens=640)
     with pytest.raises(PruneAttnError, match=name):

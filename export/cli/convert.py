@@ -147,4 +147,4 @@ def check_validation_text(measured: list[str], chosen: list[str] | None, field: 
 
     read_contents(measured, field)
     if chosen is not None:
-        check_apart(measured, chosen, field)
+        check_apart(measured, chosen, field, field)

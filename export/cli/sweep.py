@@ -9,7 +9,9 @@ from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
 from export.cli.options import DTYPE, JSON, PATH, QUIET, TEXT_FIELD, TEXTS, THREADS, examples
+from export.cli.requests import take
 from export.cli.show import echo, make_table, print_json
+from pruner.select.request import Calibration
 
 
 @command(
@@ -62,10 +64,19 @@ def sweep(source: str, output: str, as_json: bool, quiet: bool, **options: Any) 
 
     Interrupted, it keeps what is finished in OUTPUT.partial; the same command goes on from there.
     """
-    from export.sweep import sweep
+    from export.sweep.job import sweep
+    from export.sweep.options import Machine, Measure, Points
 
+    field, by = options["text_field"], options["calibration"]
+    measure = Measure(options["text"], field, **take(options, ("window", "limit", "rounds")))
+    points = Points(options["fractions"], options["sublayer"], options["strategy"])
+    calibration = by and Calibration(by, text_field=field, **take(options, ("samples", "length", "seed")))
+    machine = Machine(**take(options, ("device", "dtype", "threads")))
     with show_progress(quiet) as progress:
-        result = sweep(source, output, progress=progress, **options)
+        result = sweep(
+            source, output, measure, points=points, calibration=calibration, machine=machine,
+            overwrite=options["overwrite"], progress=progress,
+        )  # fmt: skip
     if as_json:
         print_json(result.to_json())
         return

@@ -1,5 +1,1 @@
 """``sweep``: the paper's study (arXiv 2407.15516, section 4) on any model. What a fraction costs and gains."""
-
-from export.sweep.job import Sweep, sweep
-
-__all__ = ["Sweep", "sweep"]

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from export.staging import check_target, staged
 from export.sweep.measure import expected_seconds, key, measure_perplexity, measure_speed, speed_columns
+from export.sweep.options import Machine, Measure, Points
 from export.sweep.plots import draw
 from export.sweep.progress import Kept, kept, write_whole
+from export.sweep.setting import Inputs, Orders, also_equal, pick_machine, read_inputs, read_points, recorded
 from export.sweep.table import to_csv, to_markdown
-from pruner import __version__, machine
 from pruner.checkpoint import Checkpoint, open_checkpoint
-from pruner.checkpoint.generation import check_ids
 from pruner.errors import PruneAttnError
 from pruner.files import expand, read_json
 from pruner.hub.source import fetch
-from pruner.llama import SUBLAYERS
+from pruner.machine import busy as busy_machine
 from pruner.machine import computing
-from pruner.plan import PruningPlan, original_counts, parse_drop, percentage_meant
+from pruner.plan import PruningPlan, original_counts, parse_drop
 from pruner.plan_files import read_plan
 from pruner.progress import Progress, Stages, Step, keeping
 from pruner.select.choose import choose
-from pruner.select.request import POSITIONAL, STRATEGIES, Calibration, Drop
-from pruner.summary import identity, totals
-
-if TYPE_CHECKING:
-    from pruner.text import Texts
+from pruner.select.request import POSITIONAL, Calibration, Drop
+from pruner.summary import totals
 
 FORMAT = "prune-attn sweep"
 RESULTS, PLANS = "sweep.json", "plans"
 FILES = (RESULTS, "sweep.csv", "sweep.md", "perplexity.png", "speed.png", PLANS)
-PROMPT, NEW_TOKENS = 512, 32
 
 
 @dataclass(frozen=True)
@@ -63,118 +57,72 @@ class Sweep:
 def sweep(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
+    measure: Measure,
     *,
-    text: Texts,
-    calibration: Texts | None = None,
-    text_field: str | None = None,
-    sublayer: str = "attention",
-    fractions: str = "10%,25%,33%,50%",
-    strategy: str | None = None,
-    window: int | None = None,
-    limit: int | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str | None = None,
-    rounds: int = 10,
-    threads: int | None = None,
+    points: Points = Points(),  # noqa: B008, frozen
+    calibration: Calibration | None = None,
+    machine: Machine = Machine(),  # noqa: B008, frozen
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Perplexity on ``text`` and speed for each of ``sublayer``, ``strategy`` and ``fractions`` (comma-separated).
+    """Perplexity and speed at each of ``points``: what each costs and gains.
 
     ``source`` is a directory or a Hub id. An order is chosen once for each sublayer kind and strategy, for the largest
-    fraction, on ``calibration`` (``samples`` of ``length`` tokens, ``seed``), and cut for the smaller ones. Perplexity:
-    windows of ``window`` tokens (default: the model's context, at most 2,048) without overlap, the first ``limit`` of
-    them. Speed: decode and prefill at batch 1, the sublayers really absent, timed in turn with the original ``rounds``
-    times (0: not at all). It depends on how many sublayers are gone and not on which, so it is measured once for each
-    kind and count.
-    ``dtype``: by default the checkpoint's own on CUDA and float32 on the CPU.
+    fraction, and cut for the smaller ones. ``calibration`` is what similarity, search and exhaustive choose by; its
+    ``strategy``, ``device``, ``threads`` and ``resume`` are the sweep's own.
 
     Whatever is finished is kept in ``OUTPUT.partial``, from which the same call goes on. ``output`` appears whole:
     ``sweep.json``, ``sweep.csv``, ``sweep.md``, two plots, and each order as a plan that ``convert --plan`` takes.
-    ``threads``: see ``pruner.machine.computing``. Raises ``PruneAttnError`` for bad input, before anything is computed.
+    Raises ``PruneAttnError`` for bad input, before anything is computed.
     """
-    from pruner.evaluate.perplexity import sliding_windows
-    from pruner.model import TorchLanguageModel
-    from pruner.text import check_apart, load_tokenizer, read_text
-
     if not os.fspath(output):
         raise PruneAttnError("OUTPUT is empty; give a directory")
     output = expand(output)
-    source = fetch(source, progress=progress)
-    checkpoint = open_checkpoint(source)
-    usual = (*POSITIONAL, "similarity", "search") if calibration is not None else POSITIONAL
-    strategies = _choices("--strategy", strategy or ",".join(usual), STRATEGIES)
-    sublayers = _choices("--sublayer", sublayer, SUBLAYERS)
-    parts = _fractions(checkpoint, fractions, sublayers, strategies)
-    guided = [name for name in strategies if name not in POSITIONAL]
-    if guided and calibration is None:
-        raise PruneAttnError(f"strategy {guided[0]} chooses by a text; give one with --calibration")
-    if 0 < rounds < 5:
-        raise PruneAttnError(f"--rounds {rounds}: too few for an interval; give 5 or more, or 0 for no timing")
-    check_target(output, source, [shard.path for shard in checkpoint.shards], _not_ours, overwrite)
-
-    tokenizer = load_tokenizer(source)
-    test, given = read_text(text, tokenizer, text_field), None
-    if guided:
-        check_apart(text, calibration, text_field)
-        given = read_text(calibration, tokenizer, text_field)
-    for part in filter(None, (test, given)):
-        check_ids(part.ids, checkpoint, part.path)
-    context = checkpoint.decoder.context
-    window = min(context, 2048) if window is None else window
-    if window > context:
-        raise PruneAttnError(f"--window {window}: the model's context is {context} tokens; give no more")
-    windows = sliding_windows(test.ids, length=window, bos_id=tokenizer.bos_token_id)[:limit]
-    prompts = test.ids[None, : min(PROMPT, context // 2)]  # (1, T)
-    new_tokens = min(NEW_TOKENS, context - prompts.size)
-    with computing(threads):
-        device, dtype, runs_on = _machine(device, dtype)
-        setting = {
-            "source": checkpoint.fingerprint(),
-            "sublayers": sublayers,
-            "strategies": strategies,
-            "fractions": parts,
-            "text": {"name": test.name, "sha256": test.sha256, "bytes": test.bytes, "window": window,
-                     "windows": len(windows), "tokens": sum(w.scored for w in windows)},
-            "calibration": given and {"name": given.name, "sha256": given.sha256, "bytes": given.bytes,
-                                      "samples": samples, "length": length, "seed": seed},
-            "speed": {"batch": 1, "prompt": prompts.size, "new_tokens": new_tokens, "rounds": rounds}
-                     if rounds else None,
-            "dtype": dtype or "as stored",
-            **runs_on,
-        }  # fmt: skip
-
-        tokens = hashlib.sha256(test.ids.tobytes()).hexdigest()  # the same text is others with another tokenizer
-        also_equal = {"source": identity(checkpoint), "tokenizer": tokens, **machine.setting(device)}
-        if progress is not None and (busy := machine.busy()):
+    checkpoint = open_checkpoint(fetch(source, progress=progress))
+    orders = read_points(checkpoint, points, calibration)
+    if 0 < measure.rounds < 5:
+        raise PruneAttnError(f"--rounds {measure.rounds}: too few for an interval; give 5 or more, or 0 for no timing")
+    check_target(output, checkpoint.path, [shard.path for shard in checkpoint.shards], _not_ours, overwrite)
+    inputs = read_inputs(checkpoint, measure, orders)
+    with computing(machine.threads):
+        machine, runs_on = pick_machine(machine)
+        setting = recorded(checkpoint, orders, inputs, runs_on)
+        if progress is not None and (busy := busy_machine()):
             progress(Step(busy))
-        with kept(output, setting, also_equal) as work, keeping(work.told):
-            asked = None
-            if calibration is not None:
-                asked = Calibration(
-                    calibration, text_field=text_field, samples=samples, length=length, seed=seed, device=device
-                )
-            plans: dict[tuple[str, str], PruningPlan] = {}
-            for kind in sublayers:
-                for name in strategies:
-                    plans[kind, name] = _order(work, checkpoint, kind, name, parts, asked, progress)
-            rows = [(*key, part, plan.cut(part, checkpoint)) for key, plan in plans.items() for part in parts]
-            model = cache(lambda: TorchLanguageModel(source, device=device, dtype=dtype))
-            chosen = [plan for *_, plan in rows]
-            seconds = expected_seconds(checkpoint, chosen, windows, prompts.size, new_tokens, rounds, device)
-            stages = Stages("measuring", seconds, progress)
-            measure_perplexity(work, checkpoint, model, chosen, windows, stages)
-            if rounds:
-                measure_speed(work, model, chosen, prompts, new_tokens, rounds, stages)
+        with kept(output, setting, also_equal(checkpoint, inputs, machine.device)) as work, keeping(work.told):
+            plans = {
+                (kind, name): _order(work, checkpoint, kind, name, orders, machine.device, progress)
+                for kind in orders.sublayers
+                for name in orders.strategies
+            }
+            rows = [
+                (*names, part, plan.cut(part, checkpoint)) for names, plan in plans.items() for part in orders.fractions
+            ]
+            _measure(work, checkpoint, [plan for *_, plan in rows], inputs, machine, progress)
             setting["finished"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
             original = _row(checkpoint, work, None, "original", None, None)
             result = Sweep(output, setting, original, [_row(checkpoint, work, *row) for row in rows])
             _deliver(result, work, overwrite)
             work.discard()
     return result
+
+
+def _measure(
+    work: Kept,
+    checkpoint: Checkpoint,
+    plans: list[PruningPlan],
+    inputs: Inputs,
+    machine: Machine,
+    progress: Progress | None,
+) -> None:
+    """Each set of sublayers and each count of them once."""
+    from pruner.model import TorchLanguageModel
+
+    model = cache(lambda: TorchLanguageModel(checkpoint.path, device=machine.device, dtype=machine.dtype))
+    stages = Stages("measuring", expected_seconds(checkpoint, plans, inputs, machine.device), progress)
+    measure_perplexity(work, checkpoint, model, plans, inputs.windows, stages)
+    if inputs.rounds:
+        measure_speed(work, model, plans, inputs, stages)
 
 
 def _deliver(result: Sweep, work: Kept, overwrite: bool) -> None:
@@ -188,59 +136,13 @@ def _deliver(result: Sweep, work: Kept, overwrite: bool) -> None:
         draw(directory, *measured)
 
 
-def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    chosen = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in chosen:
-        if name not in known:
-            raise PruneAttnError(f"{option}: unknown {name!r}; choose of {', '.join(known)}, separated by commas")
-    return chosen
-
-
-def _fractions(checkpoint: Checkpoint, text: str, sublayers: list[str], strategies: list[str]) -> list[str]:
-    """The fractions in the order given; refused where some strategy could not drop so many of some sublayer."""
-    parts = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    last = checkpoint.decoder.num_layers - 1
-    for sublayer in sublayers:
-        # no strategy takes layer 0, and keep-last not the last one either
-        able = set(checkpoint.decoder.present(sublayer)) - {0} - ({last} if "keep-last" in strategies else set())
-        for part in parts:
-            try:
-                count = parse_drop(part, original_counts(checkpoint)[sublayer])
-            except PruneAttnError as error:
-                raise PruneAttnError(str(error).replace("--drop", "--fractions")) from None
-            hint = percentage_meant(part, original_counts(checkpoint)[sublayer])
-            if count > len(able):
-                raise PruneAttnError(
-                    f"--fractions {part}: that is {count} {sublayer} sublayers, and the strategies can drop only "
-                    f"{len(able)} of this model's; ask for less{hint}"
-                )
-    return parts
-
-
-def _machine(device: str, dtype: str | None) -> tuple[str, str | None, dict[str, Any]]:
-    """What it runs on: the device and the dtype that are taken, and what the record says of both."""
-    import torch
-
-    from pruner.device import check_cuda
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        hardware, dtype = f"{os.cpu_count()} cores, {machine.threads()} threads", dtype or "float32"
-    else:
-        check_cuda()
-        hardware = torch.cuda.get_device_name(device)
-    tools = {"prune-attn": __version__, "torch": torch.__version__, "transformers": version("transformers")}
-    return device, dtype, {"device": device, "hardware": hardware, "threads": machine.threads(), "versions": tools}
-
-
 def _order(
     work: Kept,
     checkpoint: Checkpoint,
     sublayer: str,
     strategy: str,
-    parts: list[str],
-    calibration: Calibration | None,
+    orders: Orders,
+    device: str,
     progress: Progress | None,
 ) -> PruningPlan:
     """The plan for the largest of the fractions, chosen once; a search that was interrupted goes on."""
@@ -251,14 +153,14 @@ def _order(
             progress(replace(step, what=f"{step.what}, {sublayer} by {strategy}") if step.total else step)
 
     if not file.exists():
-        most = max(parts, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer]))
+        most = max(orders.fractions, key=lambda part: parse_drop(part, original_counts(checkpoint)[sublayer]))
         partial = work.path / f"{file.stem}.partial.json"
         if strategy in POSITIONAL:
             plan = choose(checkpoint, Drop(most, sublayer, strategy)).plan
         else:
-            assert calibration is not None
-            calibration = replace(calibration, strategy=strategy, resume=True)
-            plan = choose(checkpoint, Drop(most, sublayer), calibration, partial=partial, progress=inside).plan
+            assert orders.calibration is not None
+            by = replace(orders.calibration, strategy=strategy, device=device, threads=None, resume=True)
+            plan = choose(checkpoint, Drop(most, sublayer), by, partial=partial, progress=inside).plan
         write_whole(file, replace(plan, source=checkpoint.fingerprint()).to_json())
     return read_plan(file, checkpoint)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from export.sweep.progress import Kept
+from export.sweep.setting import Inputs
 from pruner.checkpoint.load import check_finite
 from pruner.errors import PruneAttnError
 from pruner.machine import decoding_seconds, reading_seconds
@@ -14,8 +15,6 @@ from pruner.plan import PruningPlan
 from pruner.progress import Stages
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pruner.checkpoint import Checkpoint
     from pruner.evaluate.perplexity import Window
     from pruner.model import TorchLanguageModel
@@ -65,9 +64,7 @@ def measure_speed(
     work: Kept,
     model: Callable[[], TorchLanguageModel],
     plans: Sequence[PruningPlan],
-    prompts: np.ndarray,
-    new_tokens: int,
-    rounds: int,
+    inputs: Inputs,
     stages: Stages,
 ) -> None:
     """Times of one model for each number of sublayers dropped, in turn with the original, kept as each is done.
@@ -84,8 +81,8 @@ def measure_speed(
         with stages.stage(f"speed {i}", f"speed, {i + 1} of {len(wanted)}") as progress:
             pruned = model().without(plan.attention, plan.mlp) if plan else model().without()
             models = {"original": model(), "pruned": pruned}
-            times = run_in_turn(models, prompts, new_tokens, repeats=rounds, progress=progress)
-        original, other = (summary(times[name], len(prompts)) for name in ("original", "pruned"))
+            times = run_in_turn(models, inputs.prompts, inputs.new_tokens, repeats=inputs.rounds, progress=progress)
+        original, other = (summary(times[name], len(inputs.prompts)) for name in ("original", "pruned"))
         ratio = speedup([(original, other)])
         work.speed[counts] = {
             kind: {
@@ -102,19 +99,15 @@ def measure_speed(
 def expected_seconds(
     checkpoint: Checkpoint,
     plans: Sequence[PruningPlan],
-    windows: Sequence[Window],
-    prompt: int,
-    new_tokens: int,
-    rounds: int,
+    inputs: Inputs,
     device: str,
 ) -> dict[str, float]:
     """About how long each stage of measuring takes, by the names that ``Stages`` has here."""
-    read = reading_seconds(checkpoint.parameters, sum(len(window.ids) for window in windows), device)
-    once = reading_seconds(checkpoint.parameters, prompt, device) + decoding_seconds(
-        checkpoint.nbytes, new_tokens, device
-    )
+    read = reading_seconds(checkpoint.parameters, sum(len(window.ids) for window in inputs.windows), device)
+    once = reading_seconds(checkpoint.parameters, inputs.prompts.size, device)
+    once += decoding_seconds(checkpoint.nbytes, inputs.new_tokens, device)
     sets, counts = {key(plan) for plan in (None, *plans)}, {_counts(plan) for plan in (None, *plans)}
-    speed = {f"speed {i}": 2 * (rounds + 1) * once for i in range(len(counts))} if rounds else {}
+    speed = {f"speed {i}": 2 * (inputs.rounds + 1) * once for i in range(len(counts))} if inputs.rounds else {}
     return {f"perplexity {i}": read for i in range(len(sets))} | speed
 
 

@@ -24,6 +24,7 @@ from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
 from pruner.evaluate.latency import LEAST_REPEATS
 from pruner.files import expand
+from pruner.lists import listed
 from pruner.machine import setting as machine_setting
 from pruner.names import GRAPH
 from pruner.summary import identity
@@ -219,7 +220,7 @@ def _task_names(asked: Tasks) -> list[str]:
 
 def choices(given: str | Sequence[str], known: Sequence[str], option: str) -> list[str]:
     """Those of ``known`` that are given, separated by commas in a text."""
-    chosen = [part for part in _parts(given) if part]
+    chosen = [part for part in listed(given) if part]
     for part in chosen:
         if part not in known:
             raise PruneAttnError(f"{option} {part!r}: choose of {', '.join(known)}")
@@ -229,15 +230,11 @@ def choices(given: str | Sequence[str], known: Sequence[str], option: str) -> li
 
 
 def _numbers(given: str | Sequence[int], option: str) -> list[int]:
-    parts = _parts(given)
+    parts = listed(given)
     if not parts or not all(part.isdecimal() and 0 < int(part) < 1 << 20 for part in parts):
         text = given if isinstance(given, str) else ",".join(parts)
         raise PruneAttnError(f"{option} {text!r}: write whole numbers over 0, for example 1,8")
     return sorted({int(part) for part in parts})
-
-
-def _parts(given: str | Sequence[Any]) -> list[str]:
-    return [part.strip() for part in (given.split(",") if isinstance(given, str) else map(str, given))]
 
 
 def _check_output(output: Path, original: Path) -> None:

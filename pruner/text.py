@@ -154,11 +154,11 @@ def _values(path: Path, text: str, field: str) -> list[str]:
             raise PruneAttnError(f"{path}: line {number} is not a JSON object; JSON lines have one on each line")
         value = row.get(field)
         if not isinstance(value, str):
-            others = ", ".join(name for name, x in row.items() if isinstance(x, str)) or "none"
-            raise PruneAttnError(
-                f"{path}: line {number} has no text in a field {field!r}; name the field with --text-field (fields "
-                f"with text there: {one_line(ValueError(others), 120)})"
-            )
+            others = one_line(ValueError(", ".join(name for name, x in row.items() if isinstance(x, str))), 120)
+            cure = f"name the field with --text-field (fields with text there: {others})"
+            if not others or field in row:
+                cure = "leave that line out, or make its text a string"
+            raise PruneAttnError(f"{path}: line {number} has no text in a field {field!r}; {cure}")
         try:
             value.encode()
         except UnicodeEncodeError:

@@ -73,6 +73,8 @@ def test_a_separator_inside_a_value_is_no_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "field", "match"),
     [
+        ("a.jsonl", lines("text", ["x", None], title="y"), None, "line 2 has no text .*; leave that line out"),
+        ("a.jsonl", lines("messages", [["x"]]), None, "line 1 has no text .*; leave that line out"),
         ("a.jsonl", lines("content", ["x"], title="y"), None, r"line 1 has no text .*'text'.*--text-field.*content, t"),
         ("a.jsonl", lines("text", ["x"]) + lines("txt", ["x"]), None, r"line 2 has no text"),
         ("a.jsonl", lines("text", ["x"]), "body", r"'body'"),
@@ -311,3 +313,13 @@ def test_evaluator_gives_no_nan(broken):
     assert evaluator.losses([frozenset(), frozenset({2})]).tolist() == [float("inf")] * 2
     assert evaluator.losses([frozenset({4})]) < 20
     assert evaluator.perplexity(frozenset()) == float("inf")
+
+
+def test_to_measure_on_the_calibration_text_is_told(tmp_path):
+    text = tmp_path / "seen.txt"
+    text.write_text(TEXT.read_text()[:20_000])
+    convert(SHIPPED, out := tmp_path / "out", 1, calibration=Calibration(text, samples=1, length=16))
+    measured = {"accuracy": Accuracy(text, max_tokens=1024, window=128), "latency": None, "compute": Compute("torch")}
+    assert any("chosen by this very text" in note for note in validate(SHIPPED, out, **measured).results["notes"])
+    text.write_text(text.read_text()[1:])
+    assert not any("chosen by this very text" in note for note in validate(SHIPPED, out, **measured).results["notes"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 
+from export import record
 from export.validate.options import Accuracy
 from pruner.checkpoint import Checkpoint
 from pruner.checkpoint.generation import check_ids
@@ -30,13 +32,19 @@ class Corpus:
     window: int
     stride: int
     windows: list[Window]
+    chosen_by: bool  # says the plan: it is the calibration text
 
     @property
     def notes(self) -> list[str]:
         """What a reader has to know of it."""
-        if len(self.ids) == len(self.text.ids):
-            return []
-        return [f"of the text's {len(self.text.ids):,} tokens the first {len(self.ids):,} were taken"]
+        notes = []
+        if self.chosen_by:
+            notes.append(
+                "the sublayers were chosen by this very text; measure on another, since unseen text suffers more"
+            )
+        if len(self.ids) != len(self.text.ids):
+            notes.append(f"of the text's {len(self.text.ids):,} tokens the first {len(self.ids):,} were taken")
+        return notes
 
 
 def read_corpus(asked: Accuracy, original: Checkpoint, pruned: Checkpoint, context: int) -> Corpus:
@@ -67,4 +75,11 @@ def read_corpus(asked: Accuracy, original: Checkpoint, pruned: Checkpoint, conte
         raise PruneAttnError(f"--window {window}: the model's context is {context} tokens")
     stride = asked.stride or max(1, window // 2)
     windows = sliding_windows(ids, length=window, stride=stride, bos_id=bos_id, bos=asked.bos)
-    return Corpus(text, ids, nbytes, asked.bos if bos_id is not None else "none", bos_id, window, stride, windows)
+    bos = asked.bos if bos_id is not None else "none"
+    return Corpus(text, ids, nbytes, bos, bos_id, window, stride, windows, _chosen_by(pruned, text.sha256))
+
+
+def _chosen_by(pruned: Checkpoint, sha256: str) -> bool:
+    """Whether some step of the directory's record names this text."""
+    facts = record.read_record(pruned.path)
+    return any(f'"{sha256}"' in json.dumps(step.get("selection")) for step in (record.steps(facts) if facts else ()))

@@ -180,6 +180,14 @@ def make_llama(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def no_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``validate`` starts no processes to measure memory, which take most of a short run; test_validate.py lets it."""
+    from export.validate import timing
+
+    monkeypatch.setattr(timing, "footprint", lambda *args: {"failed": "not measured in this test"})
+
+
 def edit_config(directory: Path, **fields: object) -> None:
     """Change fields of a config.json; ``...`` removes one."""
     path = directory / "config.json"

@@ -130,7 +130,7 @@ def stopped(work, monkeypatch, module, name):
             work()
 
 
-def test_validate_takes_nothing_from_a_run_with_other_threads(pruned, tmp_path, monkeypatch):
+def test_validate_takes_nothing_from_a_run_with_other_threads(pruned, tmp_path, monkeypatch, no_footprint):
     from pruner.evaluate import latency
 
     def run(threads):

@@ -187,7 +187,7 @@ def test_a_sweep_that_finished_nothing_leaves_nothing(tmp_path, text):
 
 def test_a_killed_sweep_goes_on(cli, tmp_path, text):
     command = ["sweep", SHIPPED, "-o", tmp_path / "out", "--text", text, "--strategy", "last", "--window", "64",
-               "--rounds", "0", "--json", "--limit", "40"]  # fmt: skip
+               "--rounds", "0", "--json", "--limit", "40", "--fractions", "2,4"]  # fmt: skip
     state, kept = tmp_path / "out.partial" / "progress.json", {}
     with start_cli(*command, stdout=subprocess.DEVNULL, stderr=None) as process:
         while not kept and process.poll() is None:
@@ -205,7 +205,7 @@ def test_a_killed_sweep_goes_on(cli, tmp_path, text):
 def test_search_and_similarity_beat_the_last_on_unseen_text(tmp_path):
     lines = TEXT.read_text().splitlines(keepends=True)
     (tmp_path / "calibration.txt").write_text("".join(lines[len(lines) // 2 :]))
-    options = dict(calibration=tmp_path / "calibration.txt", samples=16, length=128, window=256, limit=16, rounds=0)
+    options = dict(calibration=tmp_path / "calibration.txt", samples=8, length=128, window=256, limit=8, rounds=0)
     result = sweep(
         SHIPPED,
         tmp_path / "out",

@@ -60,7 +60,7 @@ class Conversion:
 def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    drop: Request | str | int,
+    drop: Request | PruningPlan | str | int,
     *,
     calibration: Calibration | None = None,
     options: WriteOptions = WriteOptions(),  # noqa: B008, frozen
@@ -71,10 +71,10 @@ def convert(
     """Write ``source`` to ``output`` with sublayers physically removed: ``convert("Llama-2-13b-hf", "pruned", "33%")``.
 
     ``source`` is a directory, or a Hub id (at ``hub``) of which only headers are read until all is known to be well.
-    ``drop`` says what goes: a count, a percentage, ``Drop``, ``Layers`` or ``SavedPlan``. With a ``calibration`` text
-    it is chosen by what that text costs; ``OUTPUT.plan.partial.json`` then keeps what has been computed until
-    ``output`` is there (a ``dry_run`` keeps nothing). ``options`` say how the output is written. A model that
-    ``model.onnx`` cannot express is converted without it, and a note says why.
+    ``drop`` says what goes: a count, a percentage, ``Drop``, ``Layers``, ``SavedPlan`` or a plan. With a
+    ``calibration`` text it is chosen by what that text costs; ``OUTPUT.plan.partial.json`` then keeps what has been
+    computed until ``output`` is there (a ``dry_run`` keeps nothing). ``options`` say how the output is written. A
+    model that ``model.onnx`` cannot express is converted without it, and a note says why.
 
     ``output`` appears whole or not at all. A ``dry_run`` checks everything and writes nothing. Raises
     ``PruneAttnError`` for bad input, with nothing written, and ``MachineError`` or ``OSError`` where the machine fails.

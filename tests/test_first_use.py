@@ -116,7 +116,7 @@ def test_a_plan_from_python(tmp_path, make_llama):
         output=tmp_path / "plan.json",
         calibration=Calibration(TEXT, samples=2, length=16, strategy="similarity"),
     )
-    convert(SHIPPED, tmp_path / "d", SavedPlan(chosen.plan))
+    convert(SHIPPED, tmp_path / "d", chosen.plan)
     with pytest.raises(PruneAttnError, match="made for another model"):
         convert(make_llama(num_hidden_layers=12), tmp_path / "e", SavedPlan(chosen.plan))
 

@@ -30,7 +30,7 @@ class Selection:
 
 def choose(
     checkpoint: Checkpoint,
-    drop: Request | str | int,
+    drop: Request | PruningPlan | str | int,
     calibration: Calibration | None = None,
     *,
     partial: Path | None = None,

@@ -88,9 +88,11 @@ class Calibration:
     resume: bool = False
 
 
-def as_request(drop: Request | str | int) -> Request:
-    """``"33%"`` and ``4`` are short for ``Drop("33%")`` and ``Drop(4)``."""
-    return Drop(drop) if isinstance(drop, str | int) else drop
+def as_request(drop: Request | PruningPlan | str | int) -> Request:
+    """``"33%"`` and ``4`` are short for ``Drop("33%")`` and ``Drop(4)``, a plan for ``SavedPlan`` of it."""
+    if isinstance(drop, str | int):
+        return Drop(drop)
+    return drop if isinstance(drop, Request) else SavedPlan(drop)
 
 
 def check_objective(objective: str) -> None:

@@ -93,7 +93,8 @@ def brief(text: Texts | None, text_field: str | None = None) -> tuple[Accuracy |
     """What ``convert --validate`` measures: on a CPU a few minutes' worth for a small model, else the defaults."""
     short = pick_device("auto") == "cpu"
     latency = Latency(batches=(1,), new_tokens=16, repeats=5, seconds=3) if short else Latency()
-    return text and Accuracy(text, text_field, max_tokens=4096 if short else None), latency
+    accuracy = Accuracy(text, text_field, max_tokens=4096 if short else None) if text is not None else None
+    return accuracy, latency
 
 
 def _measure(bench: Bench) -> dict[str, Any]:

@@ -103,7 +103,6 @@ def settle(
         raise PruneAttnError(f"{pruned.path}: its vocabulary is not the original's")
     corpus = read_corpus(accuracy, original, pruned, context) if accuracy else None
     notes += corpus.notes if corpus else []
-    rng = np.random.default_rng(compute.seed)
     setting = Setting(
         checkpoints={"original": original, "pruned": pruned},
         attention=attention,
@@ -118,7 +117,7 @@ def settle(
         seed=compute.seed,
         same_function=same_function,
         corpus=corpus,
-        ids=corpus.text.ids if corpus else rng.integers(3 % vocabulary, vocabulary, 1 << 16),
+        ids=corpus.text.ids if corpus else _random_ids(vocabulary, compute.seed),
         latency=latency,
         cases=_cases(latency, context) if latency else [],
         compiled=latency is not None and "torch" in backends and _wants_compiled(latency, device),
@@ -130,6 +129,10 @@ def settle(
     )
     limits.need(corpus is not None, bool(setting.tasks), latency is not None)
     return setting
+
+
+def _random_ids(vocabulary: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3 % vocabulary, vocabulary, 1 << 16)
 
 
 def _recorded(

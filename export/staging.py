@@ -197,13 +197,16 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _replace_files(directory: Path, files: dict[str, bytes]) -> None:
+    for name in files:
+        if (directory / name).is_dir():
+            raise PruneAttnError(f"{directory / name}: is a directory where a file belongs; move it away")
     for path in directory.iterdir():
-        if record.LEFTOVER.fullmatch(path.name):  # a killed run's
+        if record.LEFTOVER.fullmatch(path.name) and not path.is_dir():  # a killed run's
             path.unlink(missing_ok=True)
     temporary = {name: directory / f".{name}.prune-attn-new-{secrets.token_hex(6)}" for name in files}
     try:
         for name, data in files.items():
-            write_file(temporary[name], data)
+            write_file(temporary[name], data, directory / name)
         for name, path in temporary.items():
             os.replace(path, directory / name)
     finally:

@@ -127,13 +127,13 @@ def _fetched(model: HubModel, progress: Progress | None) -> tuple[Path, list[Pat
 
 def _verify(result: Verification, source: Checkpoint | None, progress: Progress | None) -> None:
     """Find the problems of ``result.path``, a directory."""
-    output = result.path
+    output, damaged = result.path, False
     try:
         facts = record.read_record(output)
         if facts is None:
             result.problems.append(f"{output / PLAN_FILE}: missing or not prune-attn's; was this directory converted?")
     except PruneAttnError as error:
-        facts = None
+        facts, damaged = None, True
         result.problems.append(str(error))
     try:
         checkpoint = open_checkpoint(output)
@@ -145,7 +145,7 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
         result.changed = any(step.get("changed") for step in record.steps(facts))
         result.problems += _structure(output, facts, checkpoint)
         result.problems += islice(_files(output, facts, checkpoint), _MOST_FILES_NAMED)
-    if (output / GRAPH).exists():
+    if (output / GRAPH).exists() and not damaged:  # a graph holds what the record says
         from export.onnx.staleness import graph_problems
 
         result.problems += graph_problems(checkpoint, facts)
@@ -182,16 +182,19 @@ def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Itera
             yield f"{path}: has {shard.size} bytes, {fact.get('size')} were written; convert again"
         elif shard is not None and shard.header_sha256 != fact.get("header_sha256"):
             yield f"{path}: its header is not the one that was written; it was rewritten since, convert again"
-        elif shard is None and name not in record.REWRITABLE and _sha256(path) != fact.get("sha256"):
+        elif shard is None and name not in record.REWRITABLE and not _is_as_written(path, fact):
             trust = "do not trust it, " if name in dialect.CODE_FILES else ""
             yield f"{path}: is not what was written; {trust}convert again"
     for path in record.strangers(output, facts):
         yield f"{output / path}: was not written by prune-attn; move it away"
 
 
-def _sha256(path: Path) -> str:
+def _is_as_written(path: Path, fact: dict[str, Any]) -> bool:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return (
+            os.fstat(file.fileno()).st_size == fact.get("size")  # what is far larger is not read
+            and hashlib.file_digest(file, "sha256").hexdigest() == fact.get("sha256")
+        )
 
 
 def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:

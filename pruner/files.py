@@ -71,6 +71,8 @@ def parse_json(data: bytes | str, path: Path | str) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_no_duplicates)
     except RecursionError:
         raise PruneAttnError(f"{path}: is JSON nested too deeply; download or write it again") from None
+    except UnicodeDecodeError:
+        raise PruneAttnError(f"{path}: is not JSON (it is not UTF-8 text); download or write it again") from None
     except ValueError as error:
         why = "it is empty" if not data.strip() else one_line(error, 120)
         raise PruneAttnError(f"{path}: is not JSON ({why}); download or write it again") from None
@@ -116,9 +118,9 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def write_file(path: Path, data: bytes) -> Path:
-    """Write a small file and sync it to disk."""
-    with disk_errors(path), open(path, "xb") as file:
+def write_file(path: Path, data: bytes, named: Path | None = None) -> Path:
+    """Write a small file and sync it to disk. Errors name ``named``, if given: what the file will be called."""
+    with disk_errors(named or path), open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -129,7 +131,7 @@ def replace_file(path: Path, data: bytes) -> Path:
     """Write a small file in one step: a reader, or who comes after a kill, finds the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
-    write_file(new, data)
+    write_file(new, data, path)
     os.replace(new, path)
     return path
 

@@ -175,6 +175,22 @@ def test_shards_without_their_index(make_llama):
     refused(source, r"shards without their index; download model\.safetensors\.index\.json")
 
 
+def test_what_keeps_a_file_from_being_read(make_llama, source):
+    config = source / "config.json"
+    config.unlink()
+    refused(source, "no config.json in it; download config.json too")
+    config.symlink_to("gone")
+    refused(source, r"config\.json: is a link to a file that is gone")
+    config.unlink(), config.mkdir()
+    refused(source, r"config\.json: is not a regular file")
+    config.rmdir(), config.write_bytes(b'{"a": "\xe3"}')
+    assert "codec" not in refused(source, r"config\.json: .* not UTF-8")
+    sharded = make_llama("sharded", max_shard_size="200KB")
+    index = sharded / "model.safetensors.index.json"
+    index.unlink(), index.symlink_to("gone")
+    refused(sharded, r"index\.json: is a link to a file that is gone")
+
+
 @pytest.mark.parametrize(
     ("rename", "match"),
     [
@@ -219,7 +235,8 @@ ROPE = {"rope_theta": 10000.0}
         dict(pretraining_tp="1"), dict(attention_dropout="0"), dict(eos_token_id="2"), dict(eos_token_id=["2"]),
         dict(bos_token_id=[1]), dict(pad_token_id=1.5), dict(pad_token_id=True), dict(head_dim=33),
         dict(num_attention_heads=3, num_key_value_heads=3), dict(dtype="float99"), dict(id2label={"a": "b"}),
-        dict(layer_types=["full_attention"]), dict(per_layer_config=1),
+        dict(layer_types=["full_attention"]), dict(per_layer_config=1), dict(num_labels=None), dict(num_labels="2"),
+        dict(attribute_map=1), dict(ignore_keys_at_rope_validation=1),
         dict(rope_parameters=ROPE | {"rope_type": "linear"}), dict(rope_parameters=ROPE | {"rope_type": "dynamic"}),
         dict(rope_parameters=ROPE | {"rope_type": "yarn"}), dict(rope_parameters=ROPE | {"rope_type": "longrope"}),
         dict(rope_parameters=ROPE | {"rope_type": "llama3", "factor": 2.0}),
@@ -312,11 +329,12 @@ def test_no_end_of_text_in_a_gguf(source, tmp_path):
         dict(temperature="0.6"), dict(temperature=-1.0), dict(top_p=1.5), dict(top_p="1"), dict(top_k=1.5),
         dict(top_k=-1), dict(repetition_penalty="1"), dict(repetition_penalty=0), dict(do_sample="yes"),
         dict(max_new_tokens="9"), dict(max_new_tokens=0), dict(early_stopping="x"), dict(num_beams="2"),
+        dict(cache_implementation=5), dict(num_return_sequences=3), dict(num_return_sequences=3, num_beams=2),
     ],
 )  # fmt: skip
 def test_generation_configs_that_are_refused(source, fields):
     edit_json(source / "generation_config.json", **fields)
-    (key,) = fields
+    key = next(iter(fields))
     for verb in (convert, export):
         refused(source, rf"generation_config\.json: {key} is", verb)
 

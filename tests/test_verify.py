@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from conftest import SHIPPED, asked, edit_config
 
 from prune_attn import Layers, WriteOptions, convert, export, verify
 from pruner import PruneAttnError, open_checkpoint
+from pruner.errors import MachineError
 
 
 @pytest.fixture
@@ -192,3 +196,45 @@ def test_pruned_again_and_again(tmp_path, steps):
     raw[-1] ^= 1
     shard.write_bytes(raw)
     found(out, "is not the source's", SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pruning_plan.json", '{"format": "prune-attn plan", "files": null}'),
+        ("generation_config.json", '{"top_p": "x"}'),
+        ("generation_config.json", '{"top_p": 1e999}'),
+    ],
+)
+def test_only_the_file_at_fault_is_named(out, name, text):
+    """Not the graph and not genai_config.json, which are made with the help of it: writing them again is no cure."""
+    (out / name).write_text(text)
+    assert {problem.partition(": ")[0] for problem in verify(out).problems} == {str(out / name)}
+
+
+def test_a_companion_that_grew_is_not_read(out):
+    path, before = out / "tokenizer.json", resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    os.truncate(path, 8 << 30)  # of holes, which take 30 s to hash
+    found(out, "tokenizer.json: is not what was written")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 2
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "genai_config.json"])
+def test_a_directory_where_export_writes(cli, out, name):
+    (out / name).unlink()
+    (out / name / "sub").mkdir(parents=True)
+    before = sorted(out.rglob("*"))
+    assert f"{out / name}: is a directory where a file belongs; move it away" in cli("export", out, check=2).stderr
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_directory_called_as_what_a_killed_export_leaves(out):
+    (out / ".model.onnx.prune-attn-new-0123456789ab").mkdir()
+    export(out)
+    assert (out / ".model.onnx.prune-attn-new-0123456789ab").is_dir()  # it is somebody else's
+
+
+def test_a_failed_export_names_the_file_that_it_was_for(out, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+    with pytest.raises(MachineError, match=f"^{out / 'model.onnx'}: cannot be written: the disk is full"):
+        export(out)

@@ -21,6 +21,7 @@ from export.onnx import GraphOptions
 from export.onnx.graph import OPTIONS, SHARDS, VERSION, build_graph
 from export.onnx.rope import inverse_frequencies
 from pruner.checkpoint import CONFIG, Checkpoint
+from pruner.checkpoint.generation import read_generation
 from pruner.errors import PruneAttnError
 from pruner.files import parse_json, read_bounded, read_json
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
@@ -168,6 +169,11 @@ def _genai_problems(checkpoint: Checkpoint, context: int | None) -> Iterator[str
     if not path.is_file():
         return
     again = f"write both again with prune-attn export {checkpoint.path}"
+    try:
+        read_generation(checkpoint)
+    except PruneAttnError as error:
+        yield str(error)
+        return
     try:
         found = read_json(path)
         has, most = found["model"], context or found["model"]["context_length"]

@@ -105,7 +105,7 @@ def _in_hub_cache(path: Path) -> bool:
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:
     """``config.json`` of a checkpoint directory and its SHA-256; ``PruneAttnError`` where there is no such thing."""
     path = directory / CONFIG
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise PruneAttnError(f"{directory}: is not a checkpoint, there is no {CONFIG} in it; {_instead(directory)}")
     return _read_with_digest(path)
 
@@ -147,6 +147,8 @@ def _instead(directory: Path) -> str:
             return f"it is quantised ({method}, says {file}); {UNQUANTISED}"
     if ADAPTER in names:
         return _MERGE
+    if _weights(directory) is not None:
+        return f"download {CONFIG} too"
     for suffix, index in ((".safetensors", INDEX), (".bin", PYTORCH_INDEX)):
         if any(re.search(rf"-\d+-of-\d+{suffix}$", name) for name in names):
             return f"it holds shards without their index; download {index} too"
@@ -160,7 +162,7 @@ def _instead(directory: Path) -> str:
 def _weights(directory: Path) -> tuple[str, str, Callable[[Path], Shard]] | None:
     """The single file's name, the index's, and the reader; ``None`` where there are no weights of Hugging Face's."""
     for single, index, read in ((WEIGHTS, INDEX, read_shard), (PYTORCH, PYTORCH_INDEX, read_pickled)):
-        if os.path.lexists(directory / single) or (directory / index).is_file():
+        if os.path.lexists(directory / single) or os.path.lexists(directory / index):
             return single, index, read
     return None
 

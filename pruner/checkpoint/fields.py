@@ -56,6 +56,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "attention_dropout": ("a number or null", lambda v: v is None or is_number(v)),
     "partial_rotary_factor": ("1.0, as every Llama's", lambda v: v is None or v == 1),
     "per_layer_config": ("left out: prune-attn wants layers of one shape", lambda v: not v),
+    **dict.fromkeys(("attribute_map", "ignore_keys_at_rope_validation"), ("left out", lambda v: v in ({}, []))),
+    "num_labels": ("a whole number", is_whole),
     "id2label": (
         "an object of numbers and names",
         lambda v: v is None or (isinstance(v, dict) and all(key.strip().isdecimal() for key in v)),

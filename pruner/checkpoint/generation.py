@@ -32,6 +32,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # each may be null to
     "max_length": _at_least(1), "max_new_tokens": _at_least(1), "min_length": _at_least(0),
     "min_new_tokens": _at_least(0), "no_repeat_ngram_size": _at_least(0),
     "num_beams": _at_least(1), "num_return_sequences": _at_least(1),
+    "cache_implementation": ("the name of a cache", lambda v: isinstance(v, str)),
     "early_stopping": ('true, false or "never"', lambda v: isinstance(v, bool) or v == "never"),
     "bos_token_id": ("a whole number", is_whole), "pad_token_id": ("a whole number", is_whole),
     "eos_token_id": (
@@ -66,6 +67,9 @@ def read_generation(checkpoint: Checkpoint, eos: int | None = 2) -> Generation:
     for key, (what, fits) in _FIELDS.items():
         if key in fields and not fits(fields[key]):
             raise PruneAttnError(f"{path}: {key} is {printable(repr(fields[key]), 60)}; it must be {what}, or null")
+    answers, beams = fields.get("num_return_sequences", 1), fields.get("num_beams", 1)
+    if answers > beams and not (beams == 1 and fields.get("do_sample")):  # transformers loads no such model
+        raise PruneAttnError(f"{path}: num_return_sequences is {answers}, more than num_beams ({beams}); set it to 1")
     beyond: dict[str, int] = {}
 
     def ids(name: str, default: int | None) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SHIPPED, TEXT, asked, run_program, swept
+from conftest import SHIPPED, TEXT, asked, invoke, run_program, swept
 from programs import threads as taken
 
 from export.generate import generate
@@ -97,21 +97,24 @@ def test_pytorch_and_onnx_runtime_take_them(pruned, monkeypatch):
     assert seen == [3, 2]
 
 
-def test_files_of_results_say_how_many(pruned, tmp_path, cli):
-    small = ["--strategy", "similarity", "--samples", "2", "--length", "16", "--threads", "2"]
-    cli("select", SHIPPED, "--drop", "4", "--text", TEXT, "-o", tmp_path / "plan.json", *small, check=0)
+def test_files_of_results_say_how_many(pruned, tmp_path):
+    def said(*args: object) -> str:
+        done = invoke(*args, "--threads", 2)
+        assert done.exception is None, done.output
+        return done.stdout
+
+    small = ["--strategy", "similarity", "--samples", "2", "--length", "16"]
+    said("select", SHIPPED, "--drop", "4", "--text", TEXT, "-o", tmp_path / "plan.json", *small)
     assert json.loads((tmp_path / "plan.json").read_text())["selection"]["calibration"]["threads"] == 2
     args = ["--text", TEXT, "--fractions", "4", "--strategy", "last", "--limit", "1", "--rounds", "0"]
-    cli("sweep", SHIPPED, "-o", tmp_path / "swept", *args, "--threads", "2", check=0)
+    said("sweep", SHIPPED, "-o", tmp_path / "swept", *args)
     assert json.loads((tmp_path / "swept" / "sweep.json").read_text())["setting"]["threads"] == 2
-    args = ["--only", "same-function", "--backend", "torch", "-o", tmp_path / "report", "--threads", "2"]
-    cli("validate", SHIPPED, pruned, *args, check=0)
+    said("validate", SHIPPED, pruned, "--only", "same-function", "--backend", "torch", "-o", tmp_path / "report")
     assert json.loads((tmp_path / "report" / "results.json").read_text())["environment"]["threads"] == 2
-    said = cli("generate", pruned, "--prompt", "It", "--new-tokens", "1", "--threads", "2", "--json", check=0).stdout
-    assert json.loads(said)["threads"] == 2
-    assert "--threads is for choosing by a text" in cli(
-        "convert", SHIPPED, tmp_path / "out", "--drop", "4", "--threads", "2", check=2
-    ).stderr  # fmt: skip
+    assert json.loads(said("generate", pruned, "--prompt", "It", "--new-tokens", "1", "--json"))["threads"] == 2
+    done = invoke("convert", SHIPPED, tmp_path / "out", "--drop", "4", "--threads", "2")
+    assert isinstance(done.exception, PruneAttnError)
+    assert "--threads is for choosing by a text" in str(done.exception)
 
 
 def stopped(work, monkeypatch, module, name):
@@ -171,13 +174,13 @@ def test_select_refuses_to_go_on_with_other_threads(tmp_path, monkeypatch):
 
 
 def test_sweep_refuses_to_go_on_with_other_threads(tmp_path, monkeypatch):
-    from export.sweep import measure
+    from pruner.evaluate import perplexity
 
     def run(threads):
         return sweep(SHIPPED, tmp_path / "out", **swept(
             text=TEXT, fractions="2", strategy="last", window=64, limit=2, rounds=0, threads=threads))  # fmt: skip
 
-    stopped(lambda: run(1), monkeypatch, measure, "key")
+    stopped(lambda: run(1), monkeypatch, perplexity, "score")
     with pytest.raises(PruneAttnError, match="another number of threads"):
         run(2)
 

@@ -115,7 +115,8 @@ def test_speed_is_measured_once_for_each_count_and_shown(tmp_path, make_llama, t
     arguments = ["sweep", small, "-o", tmp_path / "out", "--text", text, "--fractions", "33%", "--window", 64]
     done = cli(*arguments, "--limit", 1, "--rounds", 5, "--json", check=0)
     result = json.loads(done.stdout)
-    assert done.stderr == ""
+    said = ("other work is running: ", "measuring: ")  # where the machine is busy
+    assert all(line.startswith(said) for line in done.stderr.splitlines())
     assert result == json.loads((tmp_path / "out" / "sweep.json").read_text())
     last, keep_last = result["points"]
     assert (last["attention"], keep_last["attention"]) == ([3], [2])

@@ -15,7 +15,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from conftest import SHIPPED, TEXT, start_cli, swept, tree
+from conftest import CALIBRATION, SHIPPED, TEXT, start_cli, swept, tree
 from transformers import AutoTokenizer
 
 from export.sweep.job import sweep
@@ -178,11 +178,9 @@ def test_a_sweep_that_finished_nothing_leaves_nothing(tmp_path, text):
     weights = load_file(source / "model.safetensors")
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, source / "model.safetensors", {"format": "pt"})
-    options = SMALL | dict(
-        strategy="last,similarity", text=text, calibration=TEXT.parent / "calibration.txt", samples=2, length=32
-    )
+    options = SMALL | dict(strategy="last,similarity", text=text, calibration=CALIBRATION, samples=2, length=32)
     with pytest.raises(PruneAttnError, match=r"model\.norm\.weight holds NaN"):
-        sweep(source, tmp_path / "out", fractions="1", **options)
+        sweep(source, tmp_path / "out", **swept(fractions="1", **options))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

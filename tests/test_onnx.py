@@ -514,6 +514,19 @@ def test_a_tampered_graph_is_caught(copy):
         OnnxSession(copy)
 
 
+@pytest.mark.parametrize("name", ["logits", "present.3.key", "past_key_values.0.value", "input_ids"])
+def test_a_graph_that_lacks_an_input_or_output(cli, copy, name):
+    model = onnx.load_model(copy / GRAPH, load_external_data=False)
+    for values in (model.graph.input, model.graph.output):
+        for value in [value for value in values if value.name == name]:
+            values.remove(value)
+    (copy / GRAPH).write_bytes(model.SerializeToString())
+    assert "model.onnx: is damaged; write it again" in cli("generate", copy, "--prompt", "It", check=2).stderr
+    assert len(verify(copy).problems) == 1
+    export(copy)
+    assert verify(copy).problems == []
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x00garbage"])
 def test_an_export_mends_what_is_damaged(copy, session, ids, damage):
     (copy / GRAPH).write_bytes(damage)

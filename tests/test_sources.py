@@ -372,6 +372,9 @@ def test_a_token_beyond_the_embeddings(cli, source, tmp_path):
         assert named in cli(*args, check=2).stderr
     with pytest.raises(PruneAttnError, match=r"\[PAD\]"):
         TorchLanguageModel(out).prefill([[1, 4096]])
+    for ids in ([[1.5]], [[True]], [["1"]]):
+        with pytest.raises(PruneAttnError, match="token ids must be whole numbers"):
+            TorchLanguageModel(out).prefill(ids)
     assert generate(out, "It was", backend="torch", new_tokens=2).tokens
 
 

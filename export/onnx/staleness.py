@@ -33,6 +33,10 @@ class DamagedGraphError(PruneAttnError):
     """``model.onnx`` cannot be read, or holds nothing."""
 
 
+def _damaged(path: Path) -> DamagedGraphError:
+    return DamagedGraphError(f"{path}: is damaged; write it again with prune-attn export {path.parent}")
+
+
 def read_graph(path: Path) -> onnx.ModelProto:
     """``model.onnx`` without its weights. Raises ``PruneAttnError`` where it is missing, damaged or not ours."""
     if not os.path.lexists(path):
@@ -43,7 +47,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
     except (DecodeError, PruneAttnError):
         model = None
     if model is None or not model.graph.node:
-        raise DamagedGraphError(f"{path}: is damaged; write it again with prune-attn export {path.parent}")
+        raise _damaged(path)
     if SHARDS not in metadata(model):
         raise PruneAttnError(f"{path}: was not written by prune-attn; move it away, then prune-attn export")
     return model
@@ -127,6 +131,14 @@ def check_fresh(checkpoint: Checkpoint) -> onnx.ModelProto:
     model = read_graph(checkpoint.path / GRAPH)
     for problem in changes(model, checkpoint):
         raise PruneAttnError(problem)
+    caches = [
+        f"{side}.{j}.{part}"
+        for j in range(len(checkpoint.decoder.present("attention")))
+        for side in ("past_key_values", "present")
+        for part in ("key", "value")
+    ]
+    if not {"input_ids", "logits", *caches} <= {value.name for value in (*model.graph.input, *model.graph.output)}:
+        raise _damaged(checkpoint.path / GRAPH)
     return model
 
 

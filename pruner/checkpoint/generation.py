@@ -142,6 +142,8 @@ def check_ids(ids: Any, checkpoint: Checkpoint, what: str) -> None:
     """Raise ``PruneAttnError`` for a token that the model has no embedding for; ``what`` the ``ids`` are of."""
     import numpy as np
 
+    if np.size(ids) and (kind := np.asarray(ids).dtype).kind not in "iu":
+        raise PruneAttnError(f"{what}: token ids must be whole numbers; got {kind}")
     size, least, most = checkpoint.decoder.vocab_size, int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
     if least < 0 or most >= size:
         token = _named(least if least < 0 else most, checkpoint)

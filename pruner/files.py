@@ -7,8 +7,10 @@ import json
 import math
 import os
 import stat
+from collections import Counter
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pruner.errors import MachineError, PruneAttnError, one_line, printable
 
@@ -23,7 +25,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def open_regular(path: Path, cure: str = "download this file again") -> BinaryIO:
+def open_regular(path: Path, cure: str = "download this file again") -> BufferedReader:
     """A regular file, open for reading; links are followed. ``PruneAttnError`` for what is missing or anything else.
 
     A FIFO is not waited for, and nothing of a device is read.
@@ -86,8 +88,7 @@ def parse_json(data: bytes | str, path: Path | str) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # add gives None
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {printable(twice, 60)!r} stands twice in it")
     return out
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 SUBLAYERS = ("attention", "mlp", "block")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Shapes = dict[str, tuple[int, ...]]  # by the tensor's name
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Decoder:
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 
-    def _attention_groups(self, layer: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    def _attention_groups(self, layer: int) -> Iterator[Shapes]:
         p, h = f"model.layers.{layer}.self_attn", self.hidden_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         rows = {"q_proj": q, "k_proj": kv, "v_proj": kv}
@@ -84,24 +82,24 @@ class Decoder:
             yield {f"{p}.{name}.bias": (n,) for name, n in rows.items()}
         yield {f"{p}.o_proj.weight": (h, q)} | ({f"{p}.o_proj.bias": (h,)} if self.attention_bias else {})
 
-    def _mlp_groups(self, layer: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    def _mlp_groups(self, layer: int) -> Iterator[Shapes]:
         p, h, i = f"model.layers.{layer}.mlp", self.hidden_size, self.intermediate_size
         yield {f"{p}.{name}.weight": (i, h) for name in ("gate_proj", "up_proj")}
         if self.mlp_bias:
             yield {f"{p}.{name}.bias": (i,) for name in ("gate_proj", "up_proj")}
         yield {f"{p}.down_proj.weight": (h, i)} | ({f"{p}.down_proj.bias": (h,)} if self.mlp_bias else {})
 
-    def layout(self) -> list[list[dict[str, tuple[int, ...]]]]:
+    def layout(self) -> list[list[Shapes]]:
         """All tensors with their shapes, in the order in which they lie on disk.
 
         Sections (embeddings, one a layer, head) of groups: a group is adjacent and never crosses shards, so that an
         ONNX initializer can span q|k|v (or gate|up) as one [rows, in] matrix.
         """
         h = self.hidden_size
-        sections = [[{EMBEDDING: (self.vocab_size, h)}]]
+        sections: list[list[Shapes]] = [[{EMBEDDING: (self.vocab_size, h)}]]
         for layer, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
-            groups: list[dict[str, tuple[int, ...]]] = []
-            norms: dict[str, tuple[int, ...]] = {}
+            groups: list[Shapes] = []
+            norms: Shapes = {}
             if attention:
                 groups += self._attention_groups(layer)
                 norms[f"model.layers.{layer}.input_layernorm.weight"] = (h,)
@@ -113,13 +111,13 @@ class Decoder:
         sections.append([{"model.norm.weight": (h,)}, {HEAD: (self.vocab_size, h)}])
         return sections
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
+    def tensors(self) -> Shapes:
         """Name to shape of every tensor, in layout order. A tied model's files may lack the head, or the embedding."""
         return {name: shape for section in self.layout() for group in section for name, shape in group.items()}
 
     def sublayer_parameters(self, sublayer: str) -> int:
         """Parameters that dropping one such sublayer (norm included) removes."""
-        attention = [*self._attention_groups(0), {"norm": (self.hidden_size,)}]
-        mlp = [*self._mlp_groups(0), {"norm": (self.hidden_size,)}]
+        norm: Shapes = {"norm": (self.hidden_size,)}
+        attention, mlp = [*self._attention_groups(0), norm], [*self._mlp_groups(0), norm]
         groups = {"attention": attention, "mlp": mlp, "block": attention + mlp}[sublayer]
         return sum(prod(shape) for group in groups for shape in group.values())

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,7 @@ def computing(wanted: int | None = None, *, torch: bool = True) -> Iterator[int]
     global _count
     if wanted is not None and not 1 <= wanted <= MOST_THREADS:
         raise PruneAttnError(f"--threads {wanted}: must be 1 to {MOST_THREADS}")
-    before, module = _count, None
-    if torch:
-        import torch as module
+    before, module = _count, import_module("torch") if torch else None
     _count = wanted or threads()
     if module is not None:
         set_before = module.get_num_threads()

@@ -152,7 +152,7 @@ class TorchLanguageModel(Turns):
             dtype=getattr(torch, dtype) if dtype else "auto",
             attn_implementation=attention_implementation,
         )
-        self.model.to(device).eval()
+        self.model.to(device).eval()  # type: ignore[arg-type]  # its decorator hides the method's self
         self.device = device
         self.decoder = checkpoint.decoder
         self.vocab_size = checkpoint.decoder.vocab_size
@@ -291,7 +291,9 @@ def _Nothing(pair: bool) -> torch.nn.Module:  # noqa: N802, a module class that 
     import torch
 
     class Nothing(torch.nn.Module):
-        def forward(self, hidden_states, *args, **kwargs):  # (B, T, C) -> zeros
+        def forward(
+            self, hidden_states: torch.Tensor, *args: object, **kwargs: object
+        ) -> torch.Tensor | tuple[torch.Tensor, None]:  # (B, T, C) -> zeros
             zeros = torch.zeros_like(hidden_states)
             return (zeros, None) if pair else zeros
 

@@ -88,7 +88,7 @@ class PruningPlan:
         } | {
             name: value
             for name, value in (
-                ("sets", self.sets and {str(n): list(layers) for n, layers in self.sets.items()}),
+                ("sets", None if self.sets is None else {str(n): list(layers) for n, layers in self.sets.items()}),
                 ("selection", self.selection),
             )
             if value is not None

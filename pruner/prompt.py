@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError, one_line
 from pruner.files import read_bounded, read_json
@@ -26,11 +26,13 @@ class PromptTokenizer:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self._config = directory, {}
+        self.directory = directory
+        self._config: dict[str, Any] = {}
         for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG):
             self._config |= read_json(directory / name) if (directory / name).is_file() else {}
         self._tokenizer = _from_file(directory / "tokenizer.json") or _from_transformers(directory)
-        self._tokenizer.no_truncation(), self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def ids(self, text: str) -> list[int]:
         """With what the tokenizer adds by itself: BOS, as a rule."""
@@ -48,16 +50,16 @@ class PromptTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._chat_template()
+        tokens: dict[str, Any] = dict(self._special_tokens())
         try:
-            (text, *_), _ = render_jinja_template(
-                [[{"role": "user", "content": message}]], chat_template=template, add_generation_prompt=True,
-                **self._special_tokens(),
-            )  # fmt: skip
+            rendered: Any = render_jinja_template(  # its texts and where they were generated, whatever its type says
+                [[{"role": "user", "content": message}]], chat_template=template, add_generation_prompt=True, **tokens
+            )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise PruneAttnError(
                 f"{self.directory}: its chat template fails ({one_line(error, 120)}); leave out --chat"
             ) from None
-        return self.plain_ids(text)
+        return self.plain_ids(rendered[0][0])
 
     def text(self, ids: Sequence[int]) -> str:
         """Without special tokens."""

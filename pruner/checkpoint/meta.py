@@ -89,8 +89,12 @@ def _checked(params: Any, path: Path) -> dict[str, Any]:
         ("multiple_of", 256), ("vocab_size", -1),
     ):  # fmt: skip
         value = out[key] = given.get(key, default)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not (1 <= value <= 2**31 or (key, value) == ("vocab_size", -1)):
+        whole = (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and (1 <= value <= 2**31 or (key, value) == ("vocab_size", -1))
+        )
+        if not whole:
             raise PruneAttnError(f"{path}: {key} is {str(value)[:40]!r}; it must be a whole number; download it again")
     for key, default in (("norm_eps", None), ("rope_theta", 10000.0), ("ffn_dim_multiplier", 1)):
         value = out[key] = given.get(key, default)
@@ -164,7 +168,8 @@ def _join(decoder: Decoder, shards: tuple[Shard, ...], params: Path) -> dict[str
 def _joined(
     theirs: str, ours: str, shape: tuple[int, ...], axis: int | None, shards: tuple[Shard, ...], decoder: Decoder
 ) -> Tensor:
-    pieces, dtype, joined = [], None, 0
+    pieces: list[Piece] = []
+    dtype, joined = None, 0
     for shard in shards:
         tensor = shard.tensors.get(theirs)
         if tensor is None:

@@ -167,7 +167,7 @@ def _dump(value: Any) -> bytes:
 def _parse(model: bytes) -> Any:
     """The protocol buffer ``ModelProto`` in these bytes. Raises ``ValueError``."""
     from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
 
     try:
         return ModelProto.FromString(model)

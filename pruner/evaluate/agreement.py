@@ -104,15 +104,14 @@ def summary(result: Comparison, nbytes: int, seed: int = 0) -> dict[str, Any]:
     nll = [bootstrap.sums(scores.nll[scored], block) for scores in (result.original, result.pruned)]
     agree, kl = bootstrap.sums(result.agree[scored], block), result.kl[scored]
     kl_sums = bootstrap.sums(kl, block)
-    perplexity = [over(lambda c, n=n: np.exp(c @ n / (c @ size))) for n in nll]
     bits = [scores.bits_per_byte(nbytes) for scores in (result.original, result.pruned)]
     bins = [_bins(result.confidence[m, scored], result.correct[m, scored], block, units) for m in (0, 1)]
     return {
         "tokens": tokens,
         "bytes": nbytes,
         "perplexity": {
-            "original": perplexity[0],
-            "pruned": perplexity[1],
+            "original": over(lambda c: np.exp(c @ nll[0] / (c @ size))),
+            "pruned": over(lambda c: np.exp(c @ nll[1] / (c @ size))),
             "ratio": over(lambda c: np.exp(c @ (nll[1] - nll[0]) / (c @ size))),
         },
         "bits_per_byte": {"original": bits[0], "pruned": bits[1]},
@@ -144,6 +143,11 @@ def _calibration_error(bins: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.abs(counts @ bins[0]).sum(axis=1) / (counts @ bins[1]).sum(axis=1)
 
 
+def _ratio(difference: np.ndarray, size: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Ratio of perplexities where units count so often; NaN where none of them has a token."""
+    return lambda counts: np.exp(counts @ difference / np.where(counts @ size, counts @ size, np.nan))
+
+
 def by_position(result: Comparison, seed: int = 0) -> list[dict[str, Any]]:
     """Perplexity of both against the tokens of context before: 1 to 15, 16 to 31, 32 to 63, and so on doubling.
 
@@ -160,9 +164,6 @@ def by_position(result: Comparison, seed: int = 0) -> list[dict[str, Any]]:
             for s in (result.original, result.pruned)
         ]
         size = np.bincount(result.window[here], minlength=units)
-        ratio = bootstrap.estimate(
-            lambda c, n=nll, s=size: np.exp(c @ (n[1] - n[0]) / np.where(c @ s, c @ s, np.nan)), units, seed
-        )
         rows.append(
             {
                 "from": low,
@@ -170,7 +171,7 @@ def by_position(result: Comparison, seed: int = 0) -> list[dict[str, Any]]:
                 "tokens": int(size.sum()),
                 "original": float(np.exp(nll[0].sum() / size.sum())),
                 "pruned": float(np.exp(nll[1].sum() / size.sum())),
-                "ratio": ratio,
+                "ratio": bootstrap.estimate(_ratio(nll[1] - nll[0], size), units, seed),
             }
         )
         low = high + 1

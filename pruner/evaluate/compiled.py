@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pruner.errors import PruneAttnError
 from pruner.model import NOTHING_BEGUN, Logits, TorchLanguageModel, check_extension, check_prompts
+
+if TYPE_CHECKING:
+    from transformers import StaticCache
 
 
 class CompiledLanguageModel(TorchLanguageModel):
@@ -15,6 +18,10 @@ class CompiledLanguageModel(TorchLanguageModel):
     Prompts of one batch must have one length. The first decode step of each batch size compiles, for a minute or so.
     Source: https://huggingface.co/docs/transformers/llm_optims
     """
+
+    _static: StaticCache | None = None  # made by the first prompts
+    _batch = 0  # rows that it is for
+    _at = 0  # tokens in it
 
     def __init__(self, directory: Any, *, context: int, **options: Any) -> None:
         import torch
@@ -31,7 +38,7 @@ class CompiledLanguageModel(TorchLanguageModel):
 
         with self._lock:
             self._at = 0
-            if getattr(self, "_static", None) is not None:
+            if self._static is not None:
                 with torch.no_grad():
                     self._static.reset()
 
@@ -39,12 +46,12 @@ class CompiledLanguageModel(TorchLanguageModel):
         from transformers import StaticCache
 
         with self._turn(begins=True):
-            if getattr(self, "_at", 0):  # else it is empty, and emptying it would count in what is timed
+            if self._at:  # else it is empty, and emptying it would count in what is timed
                 self.reset()
             check_prompts(prompts)
             if len({len(prompt) for prompt in prompts}) != 1:
                 raise PruneAttnError("the static cache takes prompts of one length")
-            if getattr(self, "_static", None) is None or self._batch != len(prompts):
+            if self._static is None or self._batch != len(prompts):
                 self._static = None  # given back before the new one is asked for
                 self._static = StaticCache(config=self.model.config, max_cache_len=self._context)
                 self._batch = len(prompts)

@@ -25,7 +25,7 @@ from pruner.names import CONFIG
 Report = Callable[[int, int], None]  # requests done, of how many
 
 
-class QuietHFLM(HFLM):
+class QuietHFLM(HFLM):  # type: ignore[misc]  # lm_eval brings no types
     """The harness's own model over a transformers model: it reports what is done instead of drawing bars.
 
     Log-probabilities are made in float32, whatever the model computes in. ``truncated`` counts the requests that were
@@ -34,7 +34,7 @@ class QuietHFLM(HFLM):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | SimpleNamespace,
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch: int,
@@ -100,7 +100,7 @@ class LanguageModelLM(QuietHFLM):
         context: torch.Tensor,
         max_length: int,
         stop: list[str],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor,
         do_sample: bool = False,
         **options: Any,
     ) -> torch.Tensor:

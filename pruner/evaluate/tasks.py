@@ -103,7 +103,8 @@ def run_tasks(
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-attn-", ignore_cleanup_errors=True))
         loaded = {task: _load(task, cache, other) for task in todo}
         _check_apart(loaded)
-        model = make_model() if todo else None
+        if todo:
+            model = make_model()
         for task in todo:
             entries = _evaluate(
                 task, loaded[task], model, tokenizer, limit, batch, max_length, (first, other), progress
@@ -303,12 +304,12 @@ def _evaluate(
     report = (
         (lambda so_far, total: progress(Step(str(task), so_far, total, "requests"))) if progress is not None else None
     )
-    options = {"batch": batch, "max_length": max_length or model.max_length, "report": report}
+    length = max_length or model.max_length
     tokenizer = copy.deepcopy(tokenizer)  # the harness gives it a pad token
     if isinstance(model, TorchLanguageModel):
-        lm = QuietHFLM(model.model, tokenizer, **options)
+        lm = QuietHFLM(model.model, tokenizer, batch=batch, max_length=length, report=report)
     else:
-        lm = LanguageModelLM(model, tokenizer, **options)
+        lm = LanguageModelLM(model, tokenizer, batch=batch, max_length=length, report=report)
     while True:
         random.seed(seeds[0])
         np.random.seed(seeds[1])

@@ -272,7 +272,7 @@ def _bar(stop: threading.Event, begun: Step, progress: Progress | None) -> type:
 
     counts: dict[int, float] = {}  # it may keep two bars, of bytes received and of bytes written
 
-    class Bar(tqdm):
+    class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **(kwargs | {"disable": True}))

@@ -59,7 +59,8 @@ class Job:
         self.device, self.seed, self.progress = calibration.device, calibration.seed, progress
         self.partial, self.resume = None if partial is None else expand(partial), calibration.resume
         self.what, self.status, self.expected, self.saved_at = "running the original", "", 0.0, time.monotonic()
-        self.total, self.before, self.seconds = 0.0, 0, None  # of what is done now, in layers times samples
+        self.total, self.before = 0.0, 0  # of what is done now, in layers times samples
+        self.seconds: float | None = None
         self.check_partial()
 
     def check_partial(self) -> None:

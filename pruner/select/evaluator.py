@@ -23,6 +23,11 @@ from pruner.select.search import Dropped
 if TYPE_CHECKING:
     import torch
 
+    from pruner.checkpoint.tensor import Tensor
+    from pruner.nemotron_nas.modeling_pruned_llama import PrunedLlamaDecoderLayer
+
+Known = list[list[float]]  # [ce, kl] of each sample of a batch
+
 
 class Evaluator:
     """Runs ``checkpoint`` on calibration windows ``ids`` (S, T), its ``sublayer`` dropped at any sets of layers.
@@ -57,7 +62,7 @@ class Evaluator:
         self._dtype = getattr(torch, self.dtype)
         self.room: Room = room(self.decoder, self.samples, self.length, self._dtype.itemsize, device, batch, resident)
         self.batches = _batches(self.samples, self.room.batch, breaks)
-        self.known: dict[Dropped, list[list[float] | None]] = {}  # for each batch, [ce, kl] of each of its samples
+        self.known: dict[Dropped, list[Known | None]] = {}  # for each batch
         self.layer_samples = 0  # layers run, whole or in part, times the samples they were run on
         self.similarity: dict[int, float] = {}
         self._advance = advance or (lambda _: None)
@@ -96,7 +101,8 @@ class Evaluator:
                 if done:
                     done()
         column = 0 if self.objective == "ce" else 1
-        table = np.array([[x for b in wanted for x in self._row(s)[b][column]] for s in sets])
+        rows = map(self._row, sets)
+        table = np.array([[x for b in wanted if (known := row[b]) for x in known[column]] for row in rows])
         return np.where(np.isfinite(table), table, np.inf)  # values overflowed: worse than any number
 
     def perplexity(self, dropped: Dropped) -> float:
@@ -107,7 +113,7 @@ class Evaluator:
 
     # -- the walk --------------------------------------------------------------------------------------------------
 
-    def _row(self, dropped: Dropped) -> list:
+    def _row(self, dropped: Dropped) -> list[Known | None]:
         return self.known.setdefault(dropped, [None] * len(self.batches))
 
     def _prepare(self, wanted: list[int], done: Callable[[], None] | None) -> None:
@@ -148,7 +154,15 @@ class Evaluator:
                 "or give a smaller --length"
             ) from None
 
-    def _branch(self, module, layer, batches, states, sets, original):
+    def _branch(
+        self,
+        module: PrunedLlamaDecoderLayer,
+        layer: int,
+        batches: list[int],
+        states: list[torch.Tensor],
+        sets: tuple[Dropped, ...],
+        original: bool,
+    ) -> list[tuple[list[torch.Tensor], tuple[Dropped, ...]]]:
         """The states after one layer: with its sublayer, and without, as far as any set wants either."""
         kept, gone = tuple(s for s in sets if layer not in s), tuple(s for s in sets if layer in s)
         with_it, without = [], []
@@ -168,14 +182,14 @@ class Evaluator:
             self._advance(n)
         return [(after, part) for after, part in ((with_it, kept), (without, gone)) if part]
 
-    def _attention(self, module, x: torch.Tensor) -> torch.Tensor:
+    def _attention(self, module: PrunedLlamaDecoderLayer, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) and what the attention adds to it, if the layer has one."""
         if module.self_attn is None:
             return x
         h = module.input_layernorm(x)
         return x + module.self_attn(hidden_states=h, position_embeddings=self._rotary, attention_mask=None)[0]
 
-    def _mlp(self, module, x: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, module: PrunedLlamaDecoderLayer, x: torch.Tensor) -> torch.Tensor:
         return x if module.mlp is None else x + module.mlp(module.post_attention_layernorm(x))
 
     def _compare(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -199,7 +213,7 @@ class Evaluator:
             values = self._loss(b, x, original)
             self._row(dropped)[b] = values
 
-    def _loss(self, b: int, x: torch.Tensor, original: bool) -> list[list[float]]:
+    def _loss(self, b: int, x: torch.Tensor, original: bool) -> Known:
         """[ce of each sample, kl of each sample] of the last states (B, T, C), the head run over a part at a time."""
         import torch
 
@@ -246,23 +260,23 @@ class _Layers:
         self.config = PrunedLlamaConfig(**{k: v for k, v in checkpoint.config.items() if k not in keep_out})
         self.config._attn_implementation = "sdpa"
         self._dtype, self._device = dtype, device
-        self._tensors: dict[int, dict] = {i: {} for i in range(checkpoint.decoder.num_layers)}
+        self._tensors: dict[int, dict[str, Tensor]] = {i: {} for i in range(checkpoint.decoder.num_layers)}
         for name, tensor in checkpoint.tensors.items():
             if name.startswith("model.layers."):
                 layer, field = name.removeprefix("model.layers.").split(".", 1)
                 self._tensors[int(layer)][field] = tensor
-        self._held: dict[int, torch.nn.Module] = {}
+        self._held: dict[int, PrunedLlamaDecoderLayer] = {}
         self._resident = resident
         if resident:
             self._held = {i: self._load(i) for i in self._tensors}
 
-    def __getitem__(self, i: int) -> torch.nn.Module:
+    def __getitem__(self, i: int) -> PrunedLlamaDecoderLayer:
         if i not in self._held:
             self._held.clear()  # before the next is read: two may not fit
             self._held[i] = self._load(i)
         return self._held[i]
 
-    def _load(self, i: int) -> torch.nn.Module:
+    def _load(self, i: int) -> PrunedLlamaDecoderLayer:
         import torch
 
         from pruner.nemotron_nas.modeling_pruned_llama import PrunedLlamaDecoderLayer

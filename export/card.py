@@ -16,6 +16,7 @@ from export.staging import replace_files
 from pruner.errors import MachineError, PruneAttnError, one_line, printable
 from pruner.files import expand, read_bounded
 from pruner.hub.source import is_hub_id
+from pruner.names import CARD
 from pruner.nemotron_nas.dialect import MODEL_TYPE
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def read_card(directory: Path) -> dict[str, str | list[str]]:
     import yaml
 
     try:
-        block = _FRONT.match(_text(directory / record.CARD))
+        block = _FRONT.match(_text(directory / CARD))
         if block is None or len(block[2]) > _FRONT_CHARACTERS:
             return {}
         found = yaml.load(block[2], Loader=yaml.BaseLoader)
@@ -54,7 +55,11 @@ _CARRIED = ("license", "license_name", "license_link", "language")
 def _texts(value: Any) -> str | list[str] | None:
     """A text or a list of texts, of lengths that a licence or a language has; ``None`` for anything else."""
     if isinstance(value, list):
-        return [text for item in value[:1000] if isinstance(item, str) and (text := _texts(item))]
+        return [text for item in value[:1000] if (text := _text_of(item))]
+    return _text_of(value)
+
+
+def _text_of(value: Any) -> str | None:
     sound = isinstance(value, str) and 0 < len(value.strip()) <= 400 and value.lower() not in ("~", "null")
     return printable(value, 400) if sound else None
 
@@ -245,7 +250,7 @@ def _licence(theirs: dict[str, str | list[str]], licence: Licence | None, name: 
 
 def load_card(directory: Path) -> ModelCard:
     """The directory's card by ``huggingface_hub``'s own class, which checks the metadata. ``PruneAttnError``."""
-    path = directory / record.CARD
+    path = directory / CARD
     if not os.path.lexists(path):
         raise PruneAttnError(f"{path}: is missing; convert again, or write one")
     return _check_card(_text(path), path)
@@ -273,7 +278,7 @@ def update_card(directory: str | os.PathLike[str], results: dict[str, Any]) -> N
 
     directory = expand(directory)
     load_card(directory)  # which checks it
-    text = _text(directory / record.CARD)
+    text = _text(directory / CARD)
     block = _FRONT.match(text)
     begin, front, end = block.groups() if block else ("---\n", "", "\n---\n")
     body = text[block.end() :] if block else text
@@ -286,8 +291,8 @@ def update_card(directory: str | os.PathLike[str], results: dict[str, Any]) -> N
     index = _model_index(title[1].strip() if title else directory.name, eval_results(results))
     front = "\n".join(filter(None, [_MODEL_INDEX.sub("", f"{front}\n").rstrip(), index]))
     card = f"{begin}{front}{end}{body}"
-    _check_card(card, directory / record.CARD)
-    replace_files(directory, {record.CARD: card.encode()})
+    _check_card(card, directory / CARD)
+    replace_files(directory, {CARD: card.encode()})
 
 
 # with all lines that belong to it; a list may stand at its own depth
@@ -305,7 +310,7 @@ def _model_index(name: str, rows: list[dict[str, Any]]) -> str:
 
 def retrained_card(pruned: Path) -> str:
     """The card of a directory that was trained from ``pruned``: its card, saying so, without what was measured."""
-    text = _text(pruned / record.CARD)
+    text = _text(pruned / CARD)
     block = _FRONT.match(text)
     if block:
         front = _MODEL_INDEX.sub("", f"{block[2]}\n").rstrip()
@@ -324,9 +329,9 @@ def name_repository(directory: Path, repo_id: str) -> None:
 
     Where the directory cannot be written to, they stay as they are.
     """
-    path = directory / record.CARD
+    path = directory / CARD
     text = _text(path)
     named = _MODEL_ID.sub(f'model_id = "{repo_id}"', text)
     named = re.sub(r"^hf download \S+ ", f"hf download {repo_id} ", named, flags=re.MULTILINE)
     with suppress(MachineError, PermissionError):
-        replace_files(directory, {record.CARD: named.encode()} if named != text else {})
+        replace_files(directory, {CARD: named.encode()} if named != text else {})

@@ -22,6 +22,7 @@ from pruner.files import expand
 from pruner.hub.source import Revision, find
 from pruner.plan import PruningPlan
 from pruner.progress import Progress, keeping
+from pruner.record import read_record
 from pruner.select.calibrated import told_of
 from pruner.select.choose import choose
 from pruner.select.request import DEPTH_NOTE, Calibration, Drop, Request, as_request
@@ -90,7 +91,7 @@ def convert(
         checkpoint = open_checkpoint(source)
     else:
         checkpoint = model.headers if afar else open_checkpoint(model.fetch(progress=progress))
-    record.read_record(checkpoint.path)  # a damaged one is refused before any work
+    read_record(checkpoint.path)  # a damaged one is refused before any work
     check_target(output, checkpoint.path, [s.path for s in checkpoint.shards], record.not_ours, options.overwrite)
     partial = partial_path(output.with_name(f"{output.name}.plan"))
     with keeping(lambda: told_of(partial)) if calibration else nullcontext():

@@ -24,6 +24,7 @@ from pruner.names import GRAPH
 from pruner.nemotron_nas import dialect
 from pruner.plan import PruningPlan
 from pruner.progress import Progress
+from pruner.record import read_record
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def export(
     if output is not None:
         graph = GraphOptions(context, bool(last_token_logits))
         return _into(checkpoint, expand(output), replace(options or WriteOptions(), graph=graph), progress)
-    facts = record.read_record(checkpoint.path)
+    facts = read_record(checkpoint.path)
     if facts is None and checkpoint.config["model_type"] != dialect.MODEL_TYPE:
         raise PruneAttnError(
             f"{checkpoint.path}: was not written by prune-attn and is left alone; "
@@ -97,7 +98,7 @@ def export(
 def _into(checkpoint: Checkpoint, output: Path, options: WriteOptions, progress: Progress | None) -> Export:
     """The flow of ``convert`` with an empty plan. Raises ``PruneAttnError`` where no graph can be written."""
     assert options.graph is not None
-    record.read_record(checkpoint.path)  # a damaged one is refused before any work
+    read_record(checkpoint.path)  # a damaged one is refused before any work
     layout = lay_out(checkpoint, PruningPlan.nothing(), checkpoint.decoder, options)
     check_target(output, checkpoint.path, [s.path for s in checkpoint.shards], record.not_ours, options.overwrite)
     # what it refuses, it refuses before anything is copied

@@ -87,7 +87,8 @@ def _generate(
         return tokenizer.text(anchor + tokens)[len(before) :]
 
     before = tokenizer.text(anchor)
-    shown, out = "", []
+    shown = ""
+    out: list[int] = []
     started = time.perf_counter()
     logits = model.prefill([ids])
     prefill_ms, steps = 1000 * (time.perf_counter() - started), []

@@ -85,11 +85,11 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for _, _, _, make in tensors:
                 data = make()
-                writer.write_tensor_data(_Writes(data))
+                writer.write_tensor_data(data.view(_Writes))
                 done += data.nbytes
                 if progress is not None:
                     progress(Step("writing", done, total, "bytes", seconds=total / 5e8))
-            for file in writer.fout:
+            for file in writer.fout or ():
                 file.flush()
                 os.fsync(file.fileno())
         finally:
@@ -99,14 +99,11 @@ def write_gguf(
     return {"path": str(target), "bytes": target.stat().st_size, "tensors": len(tensors)}
 
 
-class _Writes:
+class _Writes(np.ndarray):
     """An array whose ``tofile`` says what went wrong, which numpy's does not."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.nbytes = array, array.nbytes
-
-    def tofile(self, file: Any) -> None:
-        file.write(memoryview(self.array).cast("B"))
+    def tofile(self, file: Any, /, sep: str = "", format: str = "%s") -> None:
+        file.write(self.data.cast("B"))
 
 
 def why_no_gguf(checkpoint: Checkpoint) -> str | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export import record
 from export.card import load_card, name_repository, read_card
 from export.licence import licence_notes, llama_licence
 from export.shards import SHARD_NAME
@@ -26,6 +25,7 @@ from pruner.hub.source import is_hub_id
 from pruner.names import CARD, PLAN_FILE
 from pruner.nemotron_nas.dialect import CODE_FILES
 from pruner.progress import Progress, Step
+from pruner.record import read_record
 
 # What an earlier push may have left that this one does not replace: a loader would take it for part of this model.
 _OURS = re.compile(
@@ -158,9 +158,9 @@ def push(
 
 def _files(directory: Path) -> dict[str, int]:
     """What is pushed, by name, with sizes. ``PruneAttnError`` for what leads out of the directory."""
-    facts = record.read_record(directory)
+    facts = read_record(directory)
     assert facts is not None  # verified
-    names = {*facts["files"], PLAN_FILE, record.CARD}
+    names = {*facts["files"], PLAN_FILE, CARD}
     for root, folders, found in os.walk(directory / "report"):
         folders[:] = [name for name in folders if not _temporary(name)]
         here = Path(root).relative_to(directory)

@@ -25,6 +25,7 @@ from pruner.nemotron_nas import dialect
 from pruner.plan import NOTHING
 from pruner.plan_files import recorded_plan
 from pruner.progress import Progress, Step
+from pruner.record import read_record
 
 _MOST_FILES_NAMED = 100  # that are missing, changed or strangers; more of them say nothing new
 
@@ -120,7 +121,7 @@ def _fetched(model: HubModel, progress: Progress | None) -> tuple[Path, list[Pat
     """A pruned repository's snapshot in the cache, and what else lies there, which is not fetched."""
     if model.sizes is None:
         return model.fetch(), []
-    facts = record.read_record(model.download([CONFIG, PLAN_FILE]))
+    facts = read_record(model.download([CONFIG, PLAN_FILE]))
     place = model.fetch(runtime=True, progress=progress, also=facts["files"] if facts else ())
     return place, [] if facts is None else record.unknown(map(Path, model.sizes), facts)
 
@@ -129,7 +130,7 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
     """Find the problems of ``result.path``, a directory."""
     output, damaged = result.path, False
     try:
-        facts = record.read_record(output)
+        facts = read_record(output)
         if facts is None:
             result.problems.append(f"{output / PLAN_FILE}: missing or not prune-attn's; was this directory converted?")
     except PruneAttnError as error:
@@ -274,8 +275,11 @@ def compare_tensors(
         for tensor in tensors:
             original = source.tensors.get(names.get(tensor.name, ""))
             position = tensor.start
-            if result.changed and (original is None or original.shape != tensor.shape):
-                result.differ.append(tensor.name)
+            if original is None or (result.changed and original.shape != tensor.shape):
+                if result.changed:
+                    result.differ.append(tensor.name)
+                else:
+                    result.problems.append(f"{tensor.path}: {tensor.name!r} is not in {source.path}; convert again")
                 continue
             for chunk in read_as(original, files, *through, tensor.dtype):
                 if os.pread(files.fd(tensor.path), len(chunk), position) != chunk:

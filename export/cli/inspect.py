@@ -50,12 +50,13 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
             if kind != "block"
             else facts["layers"]
         )
-        for row in sample_rows(facts["savings"][kind], facts["original_layers"]):
+        for saving in sample_rows(facts["savings"][kind], facts["original_layers"]):
+            cache = saving["kv_cache_bytes_per_token"]
             saved.add_row(
-                f"{row['drop']} {name}",
+                f"{saving['drop']} {name}",
                 str(of),
-                f"-{row['parameters']:,}",
-                f"-{format_bytes(row['bytes'])}",
-                f"-{format_bytes(row['kv_cache_bytes_per_token'])}" if row["kv_cache_bytes_per_token"] else "0",
+                f"-{saving['parameters']:,}",
+                f"-{format_bytes(saving['bytes'])}",
+                f"-{format_bytes(cache)}" if cache else "0",
             )
     echo(str(facts["path"]), table, saved)

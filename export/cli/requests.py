@@ -10,7 +10,7 @@ from pruner.hub.source import Revision
 from pruner.select.request import CALIBRATED, POSITIONAL, Calibration, Drop, Layers, Request, SavedPlan
 
 _OF_CALIBRATION = ("text_field", "samples", "length", "seed", "device", "objective", "resume", "threads")
-_OF_PLAN = ("drop", "layers", "plan", "sublayer", "strategy", "allow_first_layer", "allow_all")
+_OF_DROP = ("drop", "sublayer", "strategy", "allow_first_layer", "allow_all")
 
 
 def take(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -38,23 +38,30 @@ def take_calibration(options: dict[str, Any], strategy: str | None) -> Calibrati
 
 def take_request(options: dict[str, Any], calibrated: bool) -> Request:
     """``--drop``, ``--layers`` or ``--plan``, and what belongs to it."""
-    asked = take(options, _OF_PLAN)
-    drop, layers, plan = (asked.pop(name, None) for name in ("drop", "layers", "plan"))
-    sublayer, strategy = asked.pop("sublayer"), asked.pop("strategy")
-    if calibrated and (plan is not None or layers is not None):
+    layers, plan = options.pop("layers"), options.pop("plan")
+    if layers is None and plan is None:
+        return take_drop(options, calibrated)
+    if calibrated:
         raise PruneAttnError(
             "--text is for choosing by it; leave it out, or leave out --plan and --layers (--validation-text is for "
             "measuring)"
         )
+    asked = take(options, _OF_DROP)
+    drop, sublayer, strategy = (asked.pop(name) for name in ("drop", "sublayer", "strategy"))
     if plan is not None:
         for option, value in (("--layers", layers), ("--sublayer", sublayer), ("--strategy", strategy)):
             if value is not None:
                 raise PruneAttnError(f"{option} cannot go with --plan, which says it already; leave one of them out")
         return SavedPlan(plan, drop, **asked)
-    if layers is not None:
-        if drop is not None or strategy is not None:
-            raise PruneAttnError("--layers names the layers itself; leave out --drop and --strategy")
-        return Layers(layers, sublayer or "attention", **asked)
+    if drop is not None or strategy is not None:
+        raise PruneAttnError("--layers names the layers itself; leave out --drop and --strategy")
+    return Layers(layers, sublayer or "attention", **asked)
+
+
+def take_drop(options: dict[str, Any], calibrated: bool) -> Drop:
+    """``--drop``, and what belongs to it."""
+    asked = take(options, _OF_DROP)
+    drop, sublayer, strategy = (asked.pop(name) for name in ("drop", "sublayer", "strategy"))
     if drop is None:
         raise PruneAttnError("nothing to drop; say --drop 33%, --layers 22-29,31 or --plan plan.json")
     own = None if calibrated and strategy in CALIBRATED else strategy

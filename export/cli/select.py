@@ -9,7 +9,7 @@ from cloup import argument, command, option, option_group
 
 from export.cli.bars import show_progress
 from export.cli.options import ALLOW, CHOOSING, HUB, JSON, PATH, QUIET, SUBLAYER, examples
-from export.cli.requests import take_calibration, take_request, take_revision
+from export.cli.requests import take_calibration, take_drop, take_revision
 from export.cli.show import echo, make_table, print_json
 
 
@@ -41,7 +41,7 @@ def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any)
 
     hub, overwrite = take_revision(options), options.pop("overwrite")
     calibration = take_calibration(options, options["strategy"])
-    drop = take_request(options, calibration is not None)
+    drop = take_drop(options, calibration is not None)
     with show_progress(quiet) as progress:
         result = select(
             source, drop, calibration=calibration, output=output, overwrite=overwrite, hub=hub, progress=progress
@@ -54,7 +54,7 @@ def select(source: str, output: str, as_json: bool, quiet: bool, **options: Any)
     measure = facts.get("objective", "")
     columns = [name for name in (measure, "perplexity") if facts and (name == measure or "perplexity" in facts)]
     table = make_table("", "layer", *columns)
-    for i, layer in enumerate(plan.order):
+    for i, layer in enumerate(plan.order or ()):
         shown = [_shown(facts["scores"][i], 4)] if columns else []
         shown += [_shown(facts["perplexity"][i], 2)] if "perplexity" in facts else []
         table.add_row(f"{i + 1}{' <' if i + 1 == count else ''}", str(layer), *shown)

@@ -257,7 +257,7 @@ class _Builder:
             return helper.make_tensor_value_info(name, element, shape)
 
         def cache(kind: str, tokens: str) -> list[Any]:
-            shape = ["batch_size", d.num_kv_heads, tokens, d.head_dim]
+            shape: list[str | int] = ["batch_size", d.num_kv_heads, tokens, d.head_dim]
             return [info(f"{kind}.{j}.{n}", self.element, shape) for j in range(len(slots)) for n in ("key", "value")]
 
         int64, time = TensorProto.INT64, 1 if last_token_logits else "sequence_length"

@@ -99,7 +99,7 @@ class OnnxSession(Turns):
         self._slots = len(decoder.present("attention"))
         self._graph_id = 0
         self._batch = 0  # rows that the buffers are for
-        self.reset()
+        self._lengths: np.ndarray | None = None  # tokens in the cache, a row
 
     # -- LanguageModel -------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class OnnxSession(Turns):
     def reset(self) -> None:
         """Forget the text in the cache; its memory stays."""
         with self._lock:
-            self._lengths: np.ndarray | None = None  # tokens in the cache, a row
+            self._lengths = None
 
     def run_step(self, wait: bool = True) -> None:
         """The decode step over what its buffers hold. ``wait=False``: queued on the GPU, for benchmarks."""

@@ -194,8 +194,9 @@ def compared(rows: list[dict[str, Any]]) -> Figure | None:
             [s["value"]] * 2, [100 * (p["low"] - 1), 100 * (p["high"] - 1)], color=_PRUNED, linewidth=1.5, alpha=0.5
         )
         ax.plot(s["value"], y, "o", color=_PRUNED, markersize=5)
-        at = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 7.5, "color": _TEXT}
-        ax.annotate(r["label"], (s["value"], y), parse_math=False, **at)
+        ax.annotate(
+            r["label"], (s["value"], y), (5, 5), textcoords="offset points", parse_math=False, fontsize=7.5, color=_TEXT
+        )
     ax.plot(1, 0, "D", color=_ORIGINAL, markersize=6)
     ax.annotate("original", (1, 0), (5, 5), textcoords="offset points", fontsize=7.5, color=_TEXT)
     ax.margins(0.2)

@@ -219,7 +219,7 @@ def _since(facts: dict[str, Any], source: Checkpoint) -> list[dict[str, Any]]:
         if all(step["source"].get(key) == found[key] for key in ("config_sha256", "shards"))
     ]
     # what was only laid out anew has the very files of its source: which of the two it is, its record says
-    before = record.without_files(record.read_record(source.path))
+    before = record.without_files(read_record(source.path))
     own = [start for start in starts if steps[start].get("previous") == before]
     return steps[max(own or starts) :] if starts else []
 

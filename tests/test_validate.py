@@ -12,7 +12,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, TEXT
+from conftest import ROOT, SHIPPED, TEXT, edit_config
+from safetensors.torch import load_file, save_file
 
 from export.convert import convert
 from export.report import UNFINISHED
@@ -106,6 +107,18 @@ def test_one_changed_tensor_is_found(pair, tmp_path, cli):
     assert not results["same_function"]["ok"]
     assert results["accuracy"] == results["latency"] == results["tasks"] == {}
     assert "NOT THE SAME FUNCTION" in (tmp_path / "tampered/report/report.md").read_text()
+
+
+def test_a_head_of_its_own_that_the_tied_original_lacks(tmp_path, make_llama):
+    original, pruned = make_llama(tie_word_embeddings=True), tmp_path / "pruned"
+    convert(original, pruned, 1, options=WriteOptions(graph=None))
+    (pruned / "pruning_plan.json").unlink()  # as another tool leaves it
+    edit_config(pruned, tie_word_embeddings=False)
+    weights = load_file(pruned / "model.safetensors")
+    save_file(weights | {"lm_head.weight": torch.zeros(128, 64)}, pruned / "model.safetensors")
+    done = validate(original, pruned, latency=None, compute=TORCH)
+    assert done.exit_code == 1
+    assert "'lm_head.weight' is not in" in done.problems[0]
 
 
 def test_limits_just_above_and_below(pair, tmp_path):

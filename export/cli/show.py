@@ -67,7 +67,7 @@ def make_table(*columns: str) -> Table:
     from rich.table import Table
 
     class Printable(Table):
-        def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        def add_row(self, *cells: str) -> None:  # type: ignore[override]  # text alone, which is all that we show
             super().add_row(*(printable(cell, 100) for cell in cells))
 
     table = Printable(box=box.SIMPLE, show_header=any(columns), pad_edge=False)

@@ -10,15 +10,21 @@ from export.sweep.table import Row, within_noise
 from pruner.errors import printable
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import LineStyleType, RcKeyType
 
 # Okabe and Ito's colours, which colour-blind people tell apart (https://jfly.uni-koeln.de/color/); the line's style and
 # the marker tell them apart in grey. The page is white whatever is around it.
-_LOOKS = (("#D55E00", "--", "v"), ("#E69F00", ":", "^"), ("#009E73", "-.", "s"), ("#0072B2", "-", "o"),
-          ("#CC79A7", (0, (5, 1)), "D"))  # fmt: skip
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-          "grid.color": "#dddddd", "savefig.facecolor": "white", "text.parse_math": False}  # fmt: skip
+_LOOKS: tuple[tuple[str, LineStyleType, str], ...] = (
+    ("#D55E00", "--", "v"), ("#E69F00", ":", "^"), ("#009E73", "-.", "s"), ("#0072B2", "-", "o"),
+    ("#CC79A7", (0, (5, 1)), "D"),
+)  # fmt: skip
+_STYLE: dict[RcKeyType, Any] = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+    "savefig.facecolor": "white", "text.parse_math": False,
+}  # fmt: skip
 
 
 _MARKERS = {"attention": "o", "mlp": "s", "block": "D"}
@@ -108,7 +114,7 @@ def _legend(figure: Figure, setting: dict[str, Any]) -> None:
     from matplotlib.patches import Patch
 
     looks = zip(setting["strategies"], _LOOKS, strict=False)
-    entries = [Line2D([], [], color="black", marker="*", linestyle="", markersize=11, label="original")]
+    entries: list[Artist] = [Line2D([], [], color="black", marker="*", linestyle="", markersize=11, label="original")]
     entries += [Line2D([], [], color=color, linestyle=style, label=name) for name, (color, style, _) in looks]
     entries += [
         Line2D([], [], color="#666666", marker=_MARKERS[kind], linestyle="", label=_TITLES[kind])

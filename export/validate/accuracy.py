@@ -37,7 +37,9 @@ def _scores(bench: Bench, corpus: Corpus, backend: str, progress: Progress) -> d
     batch = default_batch(models["original"], corpus.window)
     while True:
         try:
-            result = agreement.compare(*models.values(), corpus.windows, batch=batch, progress=progress)
+            result = agreement.compare(
+                models["original"], models["pruned"], corpus.windows, batch=batch, progress=progress
+            )
             break
         except Exception as error:
             if not out_of_memory(error):
@@ -65,4 +67,6 @@ def _greedy(bench: Bench, corpus: Corpus, backend: str, progress: Progress) -> d
     if corpus.bos != "none":
         prompts[:, 0] = corpus.bos_id
     new = min(GREEDY_NEW_TOKENS, context - length)
-    return agreement.greedy_match(*models.values(), prompts, new, seed=bench.setting.seed, progress=progress)
+    return agreement.greedy_match(
+        models["original"], models["pruned"], prompts, new, seed=bench.setting.seed, progress=progress
+    )

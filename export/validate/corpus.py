@@ -14,6 +14,7 @@ from pruner.checkpoint.generation import check_ids
 from pruner.errors import PruneAttnError
 from pruner.evaluate import bootstrap
 from pruner.evaluate.perplexity import Window, sliding_windows
+from pruner.record import read_record
 from pruner.text import Text, load_tokenizer, read_text
 
 _WINDOW = 4096  # at most, by default: the whole context of a Llama-2
@@ -62,7 +63,9 @@ def read_corpus(asked: Accuracy, original: Checkpoint, pruned: Checkpoint, conte
     ids, nbytes = text.ids, text.bytes
     if asked.max_tokens is not None and asked.max_tokens < len(ids):
         ids = ids[: asked.max_tokens]
-        nbytes = len(tokenizers[0].decode(ids).encode())
+        shown = tokenizers[0].decode(ids)
+        assert isinstance(shown, str)  # of one row
+        nbytes = len(shown.encode())
     if len(ids) < _LEAST_TOKENS:
         raise PruneAttnError(
             f"{text.path}: {len(ids)} tokens are too few to say anything; give {_LEAST_TOKENS} at "
@@ -81,5 +84,5 @@ def read_corpus(asked: Accuracy, original: Checkpoint, pruned: Checkpoint, conte
 
 def _chosen_by(pruned: Checkpoint, sha256: str) -> bool:
     """Whether some step of the directory's record names this text."""
-    facts = record.read_record(pruned.path)
+    facts = read_record(pruned.path)
     return any(f'"{sha256}"' in json.dumps(step.get("selection")) for step in (record.steps(facts) if facts else ()))

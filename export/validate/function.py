@@ -37,9 +37,11 @@ def check_same_function(bench: Bench) -> dict[str, Any]:
         return compare_bytes(original, pruned, setting.attention, setting.mlp, progress)
 
     def torch_alike(_: Progress) -> dict[str, Any]:
-        models = bench.models.both("torch").values()
+        models = bench.models.both("torch")
         try:
-            return compare_torch(*models, ids, setting.attention, setting.mlp, setting.dtypes["torch"])
+            return compare_torch(
+                models["original"], models["pruned"], ids, setting.attention, setting.mlp, setting.dtypes["torch"]
+            )
         except NotFiniteError:
             check_finite(original)  # another dtype is no cure for a weight that is NaN
             raise

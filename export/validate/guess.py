@@ -22,9 +22,8 @@ def expected_seconds(setting: Setting) -> dict[str, float]:
         once = 2 * run(batch, prompt, latency.new_tokens)
         return once + max(LEAST_REPEATS * once, min(latency.repeats * once, latency.seconds))
 
-    load, out = 1 + weights / 1e9, {}
-    whole = setting.same_function
-    out |= {f"facts-{name}": nbytes / 1e9 if whole else 0.01 for name, nbytes in stored.items()}
+    load, whole = 1 + weights / 1e9, setting.same_function
+    out: dict[str, float] = {f"facts-{name}": nbytes / 1e9 if whole else 0.01 for name, nbytes in stored.items()}
     if whole:
         out |= {"same-bytes": weights / 5e8, "same-torch": 2 * load + 2 * run(*CHECKED, 8)}
         out |= {"same-onnx": load} if "onnx" in setting.backends else {}

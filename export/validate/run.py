@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export import record
 from export.card import update_card
 from export.report import FORMAT, VERSION
 from export.report.write import write_report
@@ -25,12 +24,13 @@ from export.validate.setting import Setting, settle
 from export.validate.tasks import measure_tasks
 from export.validate.timing import add_floors, measure_beside, measure_latency, measure_memory
 from pruner import machine
-from pruner.checkpoint import open_checkpoint
+from pruner.checkpoint import Checkpoint, open_checkpoint
 from pruner.device import pick_device
 from pruner.evaluate.latency import copy_bandwidth
 from pruner.hub.source import fetch
 from pruner.machine import computing
 from pruner.progress import Progress, Stages, Step
+from pruner.record import read_record
 from pruner.text import Texts
 
 
@@ -84,7 +84,7 @@ def validate(
         parts.remove()
         pruned_path = setting.checkpoints["pruned"].path
         inside = setting.output.resolve().is_relative_to(pruned_path.resolve())
-        if done.exit_code != 1 and inside and record.read_record(pruned_path):
+        if done.exit_code != 1 and inside and read_record(pruned_path):
             update_card(pruned_path, results)
         return done
 
@@ -118,6 +118,11 @@ def _measure(bench: Bench) -> dict[str, Any]:
 def _heading(bench: Bench) -> dict[str, Any]:
     """The results with nothing measured but what they are measured on."""
     setting, parts, whole = bench.setting, bench.parts, bench.setting.same_function
+    original, pruned = setting.checkpoints.values()
+
+    def facts(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
+        return parts.part(f"facts-{name}", whole, f"hashing the {name}", lambda _: model_facts(checkpoint, whole))
+
     results: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -125,11 +130,8 @@ def _heading(bench: Bench) -> dict[str, Any]:
         "seconds": None,
         "options": setting.options,
         "environment": environment(setting.device),
-        "models": {
-            name: parts.part(f"facts-{name}", whole, f"hashing the {name}", lambda _, c=c: model_facts(c, whole))
-            for name, c in setting.checkpoints.items()
-        },
-        "pruning": pruning_facts(*setting.checkpoints.values(), setting.attention, setting.mlp),
+        "models": {"original": facts("original", original), "pruned": facts("pruned", pruned)},
+        "pruning": pruning_facts(original, pruned, setting.attention, setting.mlp),
         "dtypes": {backend: setting.dtypes[backend] for backend in setting.backends},
         "same_function": None,
         "accuracy": {},

@@ -93,7 +93,7 @@ def _time(bench: Bench, asked: Latency, backend: str, batch: int, prompt: int, p
     small = f"{backend}, prompt {prompt}: batch {rows} instead of {batch}, for want of memory"
     return {
         "batch": rows, "prompt": prompt, "new_tokens": asked.new_tokens, "repeats": len(times["original"].whole),
-        **summaries, "speedup": latency.speedup([tuple(summaries[m] for m in MODELS)], setting.seed),
+        **summaries, "speedup": latency.speedup([(summaries["original"], summaries["pruned"])], setting.seed),
         "notes": [small] if rows < batch else [],
     }  # fmt: skip
 

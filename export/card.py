@@ -72,6 +72,7 @@ def _text(card: Path) -> str:
         raise PruneAttnError(f"{card}: is not UTF-8 text; save it as UTF-8") from None
 
 
+# long: the card is one text, read here as it is written
 def model_card(
     plan: dict[str, Any],
     config: dict[str, Any],

@@ -7,11 +7,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from export.card import load_card, name_repository, read_card
 from export.licence import licence_notes, llama_licence
@@ -26,6 +26,9 @@ from pruner.names import CARD, PLAN_FILE
 from pruner.nemotron_nas.dialect import CODE_FILES
 from pruner.progress import Progress, Step
 from pruner.record import read_record
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
 
 # What an earlier push may have left that this one does not replace: a loader would take it for part of this model.
 _OURS = re.compile(
@@ -94,15 +97,8 @@ def push(
             "request that is open, give --revision refs/pr/N alone)"
         )
     check_can_push(repo_id, dry_run=dry_run)
-    if not directory.is_dir():
-        raise PruneAttnError(f"{directory}: no such directory; give one that prune-attn convert wrote")
-    problems = verify(directory).problems
-    if problems:
-        raise PruneAttnError(f"{directory}: is not pushed, for it does not verify: {problems[0]}")
-    files = _files(directory)
-    load_card(directory)  # which checks it
-    licence = llama_licence(directory, read_card(directory))
-    notes = licence_notes(licence, directory, repo_id)
+    files = _checked_files(directory)
+    notes = licence_notes(llama_licence(directory, read_card(directory)), directory, repo_id)
     if dry_run:
         return Push(repo_id, files, True, notes=notes)
 
@@ -115,45 +111,61 @@ def push(
         if "/" not in repo_id:
             repo_id = f"{ask(api.whoami, repo_id, write=True)['name']}/{repo_id}"
 
-        def prepare() -> list[str]:
-            if not api.repo_exists(repo_id):
-                api.create_repo(repo_id, private=private or None, exist_ok=True)
-            if private and not api.model_info(repo_id).private:
-                raise PruneAttnError(
-                    f"{repo_id}: exists already and is public, so --private cannot be kept; make it private in its "
-                    "settings, or choose another name"
-                )
-            if revision not in (None, "main") and not revision.startswith("refs/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return [name for name in _present(api, repo_id, revision) if _OURS.fullmatch(name) and name not in files]
-
-        stale = ask(prepare, repo_id, revision=revision, write=True)
+        there = ask(lambda: _prepare(api, repo_id, private, revision), repo_id, revision=revision, write=True)
+        stale = [name for name in there if _OURS.fullmatch(name) and name not in files]
         name_repository(directory, repo_id)
         files = _files(directory)
         total = sum(files.values())
         if progress is not None and not terminal:
             progress(Step("pushing", 0, total, "bytes", repo_id, total / 2e7))
-        done = beside(
-            lambda: ask(
-                lambda: api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=directory,
-                    revision=revision,
-                    create_pr=create_pr,
-                    commit_message=commit_message or f"Upload a model pruned by prune-attn {__version__}",
-                    allow_patterns=[glob.escape(name) for name in files],
-                    delete_patterns=[glob.escape(name) for name in stale] or None,
-                ),
-                repo_id,
-                revision=revision,
-                write=True,
-                again=not create_pr,  # it might open a second one
-            )
-        )
+        what = {
+            "revision": revision,
+            "create_pr": create_pr,
+            "commit_message": commit_message or f"Upload a model pruned by prune-attn {__version__}",
+            "delete_patterns": [glob.escape(name) for name in stale] or None,
+        }
+        done = beside(lambda: _upload(api, directory, repo_id, files, what))
     if progress is not None and not terminal:
         progress(Step("pushing", total, total, "bytes", repo_id, total / 2e7))
     notes += [" ".join(str(w.message).split()) for w in said if CARD in str(w.message)]
     return Push(repo_id, files, False, done.commit_url, done.oid, done.pr_url, stale, notes)
+
+
+def _checked_files(directory: Path) -> dict[str, int]:
+    """What is pushed, by name, with sizes. ``PruneAttnError`` for a directory that does not verify."""
+    if not directory.is_dir():
+        raise PruneAttnError(f"{directory}: no such directory; give one that prune-attn convert wrote")
+    problems = verify(directory).problems
+    if problems:
+        raise PruneAttnError(f"{directory}: is not pushed, for it does not verify: {problems[0]}")
+    load_card(directory)  # which checks it
+    return _files(directory)
+
+
+def _upload(api: HfApi, directory: Path, repo_id: str, files: Iterable[str], what: dict[str, Any]) -> CommitInfo:
+    """One commit; tried again after what passes by itself, but for a pull request, of which it might open a second."""
+    wanted = [glob.escape(name) for name in files]
+    return ask(
+        lambda: api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=wanted, **what),
+        repo_id,
+        revision=what["revision"],
+        write=True,
+        again=not what["create_pr"],
+    )
+
+
+def _prepare(api: HfApi, repo_id: str, private: bool, revision: str | None) -> list[str]:
+    """Make repository and branch where there are none; the names of the files that are there."""
+    if not api.repo_exists(repo_id):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise PruneAttnError(
+            f"{repo_id}: exists already and is public, so --private cannot be kept; make it private in its settings, "
+            "or choose another name"
+        )
+    if revision not in (None, "main") and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return _present(api, repo_id, revision)
 
 
 def _files(directory: Path) -> dict[str, int]:

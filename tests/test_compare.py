@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 from export.report.compare import compare_rows, compare_table
-from export.report.content import Section
+from export.report.pieces import Section
 from export.report.render import render_html
 
 NAME = "x/<script>alert(1)</script>`$a$\x1b[31m" + 5000 * "y"

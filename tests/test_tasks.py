@@ -14,8 +14,9 @@ from conftest import TEXT as TEXT_FILE
 from prune_attn import WriteOptions
 from pruner import PruneAttnError
 from pruner.errors import MachineError
-from pruner.evaluate import tasks
-from pruner.evaluate.tasks import compare_tasks, resolve_tasks, run_tasks
+from pruner.evaluate import task_files, tasks
+from pruner.evaluate.task_files import resolve_tasks
+from pruner.evaluate.tasks import compare_tasks, run_tasks
 from pruner.model import TorchLanguageModel
 from pruner.progress import Step
 from pruner.text import load_tokenizer
@@ -178,7 +179,7 @@ def test_cloze_on_both_backends(torch_model, onnx_model, tokenizer, monkeypatch,
 
 def test_cloze_data_is_what_the_script_writes():
     """Context and right answer stand in the text as they are, and the answers' places give nothing away."""
-    items = [json.loads(line) for line in (tasks.SHIPPED["cloze"].parent / "cloze.jsonl").open(encoding="utf-8")]
+    items = [json.loads(line) for line in (task_files.SHIPPED["cloze"].parent / "cloze.jsonl").open(encoding="utf-8")]
     labels = [item["label"] for item in items]
     assert len(items) == 400
     for item in items:

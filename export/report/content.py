@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
+from export.report.pieces import Section, Table, interval, short_name, size
 from pruner.errors import printable
 
 RUNNERS = {
@@ -21,38 +21,9 @@ _SHORT = {"torch": "PyTorch", "torch-compiled": "compiled", "onnx": "ONNX Runtim
 _DIGITS = 16  # of a hash
 
 
-@dataclass
-class Table:
-    """The first column is a label, the others are numbers, or ``words``.
-
-    ``stacked``: too many columns for a narrow screen, on which each row becomes a list of its own.
-    """
-
-    head: list[str]
-    rows: list[list[str]]
-    caption: str = ""
-    words: bool = False
-    stacked: bool = False
-
-
-@dataclass
-class Section:
-    """``plots`` are names of ``plots.FIGURES``; their order is that of the page."""
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    plots: list[str] = field(default_factory=list)
-
-
 def title(results: dict[str, Any]) -> str:
     """Of a report."""
     return f"{short_name(results['models']['pruned']['name'])} against its original"
-
-
-def short_name(name: str, most: int = 80) -> str:
-    """A model's name without its owner, for people to read."""
-    return printable(name.rstrip("/").rsplit("/", 1)[-1], most)
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
@@ -363,18 +334,3 @@ def _about(results: dict[str, Any]) -> Iterator[Section]:
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def interval(estimate: dict[str, float], form: str = "{:.2f}", shift: float = 0) -> str:
-    """``1.21 [1.18, 1.24]``."""
-    value, low, high = (form.format(estimate[key] + shift) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def size(nbytes: float) -> str:
-    """In KB, MB, GB of powers of 10."""
-    for unit in ("B", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from export.markdown import plain
-from export.report.content import Table, glance_rows, task_rows
+from export.report.content import glance_rows, task_rows
+from export.report.pieces import Table
 from export.report.render import markdown_table
 from pruner.errors import printable
 

@@ -34,7 +34,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks as ``pruner.evaluate.tasks.resolve_tasks`` takes them; ``limit``: the first so many items of each."""
+    """Tasks as ``pruner.evaluate.task_files.resolve_tasks`` takes them; ``limit``: the first so many items of each."""
 
     names: str | Sequence[str]
     limit: int | None = None

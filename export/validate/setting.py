@@ -216,7 +216,7 @@ def _wants_compiled(asked: Latency, device: str) -> bool:
 
 
 def _task_names(asked: Tasks) -> list[str]:
-    from pruner.evaluate.tasks import resolve_tasks
+    from pruner.evaluate.task_files import resolve_tasks
 
     return resolve_tasks(asked.names)
 

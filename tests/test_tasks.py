@@ -294,11 +294,11 @@ def test_openllm_is_the_harness_own_group():
     """Shots as the harness's own group has them, and each task's metric among those that it reports."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    index = tasks.task_manager().task_index
+    index = task_files.task_manager().task_index
     group = {entry["task"]: entry["num_fewshot"] for entry in index["openllm"].cfg["task"]}
     group["truthfulqa_mc2"] = group.pop("truthfulqa")
-    assert group == {name: shots for name, (shots, _) in tasks.OPENLLM.items()}
-    for name, (_, key) in tasks.OPENLLM.items():
+    assert group == {name: shots for name, (shots, _) in task_files.OPENLLM.items()}
+    for name, (_, key) in task_files.OPENLLM.items():
         metric, filtered = key.split(",")
         fields = load_yaml(index[name].yaml_path, resolve_func=False)
         listed = fields.get("metric_list") or fields["aggregate_metric_list"]

@@ -14,7 +14,7 @@ from conftest import TEXT as TEXT_FILE
 from prune_attn import WriteOptions
 from pruner import PruneAttnError
 from pruner.errors import MachineError
-from pruner.evaluate import task_files, tasks
+from pruner.evaluate import task_files
 from pruner.evaluate.task_files import resolve_tasks
 from pruner.evaluate.tasks import compare_tasks, run_tasks
 from pruner.model import TorchLanguageModel

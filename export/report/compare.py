@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.report import content, plots
+from export.report import content, pieces, plots
 from export.report.render import render_html, render_markdown
 from export.report.write import _write, is_ours, read_results, write_report
 from pruner.errors import PruneAttnError, one_line
@@ -36,7 +36,7 @@ def _write_comparison(found: Sequence[dict[str, Any]], output: Path) -> list[Pat
     rows = compare_rows(found)
     figure = plots.compared(rows)
     captions = {"compare": "Quality against speed"} if figure else {}
-    sections = [content.Section(f"{len(rows)} results", _caveats(found), [compare_table(rows)], list(captions))]
+    sections = [pieces.Section(f"{len(rows)} results", _caveats(found), [compare_table(rows)], list(captions))]
     files = {"compare.png": plots.png(figure)} if figure else {}
     files["compare.md"] = render_markdown("Results compared", sections, captions).encode()
     files["compare.html"] = render_html("Results compared", sections, {"compare": figure}, captions).encode()
@@ -45,7 +45,7 @@ def _write_comparison(found: Sequence[dict[str, Any]], output: Path) -> list[Pat
 
 def compare_rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a result: label, and of the first backend that has them perplexities, agreement, tasks, speed-up."""
-    names = [content.short_name(r["models"]["pruned"]["name"], 40) for r in found]
+    names = [pieces.short_name(r["models"]["pruned"]["name"], 40) for r in found]
     rows = []
     for i, results in enumerate(found):
         broken = results["same_function"] is not None and not results["same_function"]["ok"]
@@ -71,7 +71,7 @@ def compare_rows(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_table(rows: list[dict[str, Any]]) -> content.Table:
+def compare_table(rows: list[dict[str, Any]]) -> pieces.Table:
     head = [
         "",
         "attention gone",
@@ -83,16 +83,16 @@ def compare_table(rows: list[dict[str, Any]]) -> content.Table:
         "decode speed-up",
         "weights",
     ]
-    return content.Table(
+    return pieces.Table(
         head,
         [
             [
                 r["label"] + (" (NOT THE SAME FUNCTION)" if r["broken"] else ""), str(r["attention"]), str(r["mlp"]),
                 f"{r['perplexity'][0]:.2f} to {r['perplexity'][1]:.2f}" if r["perplexity"] else "",
-                content.interval(r["increase"], "{:+.1%}", -1) if r["increase"] else "",
-                content.interval(r["agreement"], "{:.1%}") if r["agreement"] else "",
+                pieces.interval(r["increase"], "{:+.1%}", -1) if r["increase"] else "",
+                pieces.interval(r["agreement"], "{:.1%}") if r["agreement"] else "",
                 f"{r['task_ratio']:.3f}" if r["task_ratio"] is not None else "",
-                content.interval(r["speedup"]) + (" ONNX" if r["backend"] == content.RUNNERS["onnx"] else " PyTorch")
+                pieces.interval(r["speedup"]) + (" ONNX" if r["backend"] == content.RUNNERS["onnx"] else " PyTorch")
                 if r["speedup"] else "",
                 f"{r['weights']:+.1%}",
             ]

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from export.markdown import plain
-from export.report import content, plots
+from export.report import pieces, plots
 from pruner import __version__
 from pruner.errors import printable
 
 _MOST = 4000  # characters of a paragraph or a cell; a cell lists the hashes of every shard
 
 
-def render_markdown(title: str, sections: list[content.Section], captions: dict[str, str]) -> str:
+def render_markdown(title: str, sections: list[pieces.Section], captions: dict[str, str]) -> str:
     parts = [f"# {plain(title)}"]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -23,7 +23,7 @@ def render_markdown(title: str, sections: list[content.Section], captions: dict[
     return "\n\n".join(parts) + f"\n\nWritten by prune-attn {__version__}; every figure is in `results.json`.\n"
 
 
-def markdown_table(table: content.Table) -> str:
+def markdown_table(table: pieces.Table) -> str:
     """With its caption above."""
     columns = [i for i, _ in enumerate(table.head) if table.head[i] or any(row[i] for row in table.rows)]
 
@@ -35,7 +35,7 @@ def markdown_table(table: content.Table) -> str:
     return (f"{table.caption}:\n\n" if table.caption else "") + "\n".join(lines)
 
 
-def render_html(title: str, sections: list[content.Section], figures: dict[str, Any], captions: dict[str, str]) -> str:
+def render_html(title: str, sections: list[pieces.Section], figures: dict[str, Any], captions: dict[str, str]) -> str:
     import jinja2
 
     environment = jinja2.Environment(

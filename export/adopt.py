@@ -9,7 +9,7 @@ from typing import Any
 
 from export import record
 from export.card import retrained_card
-from export.companions import companions
+from export.companions import check_delivered, companions, content
 from export.onnx import GraphOptions
 from export.staging import replace_files
 from pruner import __version__
@@ -51,6 +51,7 @@ def adopt(directory: str | os.PathLike[str], like: str | os.PathLike[str]) -> Ad
     if directory.resolve() == like.resolve():
         raise PruneAttnError(f"{directory}: is the pruned directory itself; give the one that was trained")
     checkpoint = _check(checkpoint, pruned)
+    check_delivered(checkpoint)
     config = dialect.write_config(checkpoint.config, checkpoint.decoder, directory / CONFIG)
     checkpoint = replace(checkpoint, config=config)
     files = {CONFIG: dialect.dump(config)} | _licences(pruned, directory)
@@ -91,8 +92,8 @@ def _check(checkpoint: Checkpoint, pruned: Checkpoint) -> Checkpoint:
 
 def _licences(pruned: Checkpoint, directory: Path) -> dict[str, bytes]:
     """The licence texts of ``pruned`` that training did not save; its card says that they come along."""
-    along = {name: data for name, data in companions(pruned).items() if is_companion(name, LICENCE)}
-    return {name: data for name, data in along.items() if not (directory / name).exists()}
+    along = {name: what for name, what in companions(pruned).items() if is_companion(name, LICENCE)}
+    return {name: content(what) for name, what in along.items() if not (directory / name).exists()}
 
 
 def _runtime(checkpoint: Checkpoint, facts: dict[str, Any]) -> tuple[dict[str, bytes], list[str]]:

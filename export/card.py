@@ -14,7 +14,7 @@ from export.licence import Licence, llama_licence
 from export.markdown import code, plain
 from export.staging import replace_files
 from pruner.errors import MachineError, PruneAttnError, one_line, printable
-from pruner.files import expand, read_bounded
+from pruner.files import check_inside, expand, read_bounded
 from pruner.hub.source import is_hub_id
 from pruner.names import CARD
 from pruner.nemotron_nas.dialect import MODEL_TYPE
@@ -39,6 +39,7 @@ def read_card(directory: Path) -> dict[str, str | list[str]]:
     import yaml
 
     try:
+        check_inside(directory / CARD, directory)
         block = _FRONT.match(_text(directory / CARD))
         if block is None or len(block[2]) > _FRONT_CHARACTERS:
             return {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export import record
+from export.companions import left_behind
 from export.engines import notes_for, runs_on
 from export.layout import Layout, WriteOptions, lay_out
 from export.push import Push, check_can_push
@@ -142,7 +143,8 @@ def _conversion(
 def _expected_notes(layout: Layout) -> list[str]:
     """What a dry run can say of the output."""
     graph = [] if layout.options.graph is None else runs_on(layout.checkpoint, layout.options.dtype)
-    return [*layout.notes, *notes_for(layout.left, layout.config, True), *graph]
+    own_code = left_behind(layout.checkpoint, layout.along)
+    return [*layout.notes, *notes_for(layout.left, layout.config, True), *graph, *own_code]
 
 
 def _push(output: Path, repository: str, progress: Progress | None) -> Push:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.companions import companions
 from export.staging import beside, check_space
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor, open_checkpoint
 from pruner.checkpoint.generation import read_generation
 from pruner.checkpoint.load import load_tensor
 from pruner.dtypes import itemsize
 from pruner.errors import PruneAttnError
-from pruner.files import disk_errors, expand, read_json
+from pruner.files import disk_errors, expand, read_bounded, read_json
 from pruner.llama import Decoder
 from pruner.nemotron_nas.dialect import rope_fields
 from pruner.progress import Progress, Step
@@ -39,6 +40,7 @@ _NAMES = {
 }  # fmt: skip
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # llama.cpp's token types
+_MOST_TEMPLATE = 1 << 20  # bytes
 _ZERO_WIDTH = 256  # of an MLP of zeros; quantisers want blocks of up to 256
 
 
@@ -67,6 +69,7 @@ def write_gguf(
     why = why_no_gguf(checkpoint)
     if why:
         raise PruneAttnError(why)
+    companions(checkpoint)  # which checks what the vocabulary is made of
     writer = gguf.GGUFWriter(None, "deci")
     _describe(writer, checkpoint)
     _vocabulary(writer, checkpoint)
@@ -95,6 +98,7 @@ def write_gguf(
         finally:
             with suppress(OSError):
                 writer.close()
+        checkpoint.check_unchanged()
         os.replace(temporary, target)
     return {"path": str(target), "bytes": target.stat().st_size, "tensors": len(tensors)}
 
@@ -141,7 +145,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]
         def make() -> np.ndarray:
             import torch
 
-            data = load_tensor(tensor)
+            data = load_tensor(tensor, checkpoint.seen)
             if dtype == "F32":
                 data = data.float()
             if heads:  # transformers rotates halves of a head, llama.cpp neighbours
@@ -238,7 +242,7 @@ def _vocabulary(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
         writer.add_add_space_prefix(bool(prefix))
     template = checkpoint.path / "chat_template.jinja"
     if template.is_file():
-        writer.add_chat_template(template.read_text("utf-8"))
+        writer.add_chat_template(read_bounded(template, _MOST_TEMPLATE).decode("utf-8", "replace"))
     elif isinstance(settings.get("chat_template"), str):
         writer.add_chat_template(settings["chat_template"])
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from export.companions import companions, tokenizer_class
+from export.companions import Companions, check_links, companions, tokenizer_class
 from export.onnx import GraphOptions
 from export.shards import Entry, OutputShard, plan_shards
 from pruner.checkpoint import CONFIG, Checkpoint, Tensor
@@ -57,6 +57,7 @@ class Layout:
     options: WriteOptions
     config: dict[str, Any] = field(repr=False)
     shards: tuple[OutputShard, ...] = field(repr=False)
+    along: Companions = field(repr=False)
     notes: tuple[str, ...] = ()  # where the source contradicts itself
 
     @property
@@ -78,13 +79,15 @@ class Layout:
 def lay_out(checkpoint: Checkpoint, plan: PruningPlan, left: Decoder, options: WriteOptions) -> Layout:
     """Every tensor of the output with its place, in memory alone. No weights are read.
 
-    Raises ``PruneAttnError`` where the source's generation_config.json cannot be used.
+    Raises ``PruneAttnError`` for files that cannot come along, and where generation_config.json cannot be used.
     """
     dtype, left = options.stored_as, replace(left, tied=checkpoint.decoder.tied)  # from afar a head looks equal
-    config = output_config(checkpoint, left, dtype)
+    check_links(checkpoint)
+    along = companions(checkpoint)
+    config = output_config(checkpoint, left, dtype, along)
     shards = plan_shards(output_entries(checkpoint, left, dtype), options.max_bytes, config)
     notes = (*checkpoint.notes, *token_notes(checkpoint))
-    return Layout(checkpoint, plan, left, options, config, tuple(shards), notes)
+    return Layout(checkpoint, plan, left, options, config, tuple(shards), along, notes)
 
 
 def output_decoder(result: Decoder) -> Decoder:
@@ -108,21 +111,21 @@ def output_entries(checkpoint: Checkpoint, result: Decoder, dtype: str | None) -
     return [[[entry(have[name]) for name in group if name in have] for group in section] for section in result.layout()]
 
 
-def output_config(checkpoint: Checkpoint, result: Decoder, dtype: str | None) -> dict[str, Any]:
-    """``config.json`` of the output; ``dtype`` is a safetensors name or ``None``."""
+def output_config(checkpoint: Checkpoint, result: Decoder, dtype: str | None, along: Companions) -> dict[str, Any]:
+    """``config.json`` of the output; ``dtype`` is a safetensors name or ``None``; ``along`` comes along."""
     config = dialect.write_config(checkpoint.config, result, checkpoint.path / CONFIG)
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = WEIGHT_DTYPES[dtype]  # transformers before 4.56 reads the second
     if config["model_type"] == dialect.MODEL_TYPE:
-        name = tokenizer_class(companions(checkpoint), config)
+        name = tokenizer_class(along, config)
         if name:
             config["tokenizer_class"] = name
     return config
 
 
-def as_output(checkpoint: Checkpoint, result: Decoder, dtype: str | None) -> Checkpoint:
+def as_output(checkpoint: Checkpoint, result: Decoder, dtype: str | None, along: Companions) -> Checkpoint:
     """The checkpoint that this output opens as, its tensors still where and as they lie in ``checkpoint``."""
-    config = output_config(checkpoint, result, dtype)
+    config = output_config(checkpoint, result, dtype, along)
     have, names = checkpoint.tensors, source_names(result)
     tensors = {new: replace(have[old], name=new) for new, old in names.items() if old in have}
     decoder = read_decoder(config, checkpoint.path / CONFIG)

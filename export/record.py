@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from export.companions import digest
 from export.layout import output_decoder
 from pruner import __version__
 from pruner.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def file_facts(path: Path, header_sha256: str | None = None) -> dict[str, Any]:
     size = path.stat().st_size
     if header_sha256 is not None:
         return {"size": size, "header_sha256": header_sha256}
-    return {"size": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"size": size, "sha256": digest(path)}
 
 
 def dump(record: dict[str, Any]) -> bytes:

@@ -60,6 +60,8 @@ def select(
     checkpoint = open_checkpoint(fetch(source, hub, progress=progress))
     with keeping(lambda: told_of(partial)):
         made = choose(checkpoint, drop, calibration, partial=partial, progress=progress)
+        if calibration is not None:
+            checkpoint.check_unchanged()
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         staging.write_text(json.dumps(made.plan.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

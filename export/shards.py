@@ -20,7 +20,7 @@ from export._system import reserve, start_writeback
 from pruner.checkpoint import INDEX, OpenFiles, Tensor, read_blocks
 from pruner.dtypes import WEIGHT_DTYPES, itemsize
 from pruner.errors import PruneAttnError
-from pruner.files import disk_errors, write_file
+from pruner.files import changed, disk_errors, read_errors, write_file
 from pruner.names import WEIGHTS
 from pruner.nemotron_nas import dialect
 
@@ -124,7 +124,9 @@ def index_json(shards: list[OutputShard]) -> bytes:
     return (json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
-def write_shards(directory: Path, shards: list[OutputShard], advance: Advance | None = None) -> list[Path]:
+def write_shards(
+    directory: Path, shards: list[OutputShard], sources: OpenFiles, advance: Advance | None = None
+) -> list[Path]:
     """Write shards (and the index where one is needed) into ``directory``, synced to disk; returns the files.
 
     ``advance`` is called with numbers of bytes written. Raises ``MachineError`` for a full disk, and
@@ -132,13 +134,12 @@ def write_shards(directory: Path, shards: list[OutputShard], advance: Advance | 
     """
     done = advance or (lambda nbytes: None)
     written = []
-    with OpenFiles() as sources:
-        for shard in shards:
-            path = directory / shard.file
-            with disk_errors(path):
-                _write_shard(path, shard, sources, done)
-            written.append(path)
-        sources.check_unchanged()
+    for shard in shards:
+        path = directory / shard.file
+        with disk_errors(path):
+            _write_shard(path, shard, sources, done)
+        written.append(path)
+    sources.check_unchanged()
     if shards[0].file != WEIGHTS:
         written.append(write_file(directory / INDEX, index_json(shards)))
     return written
@@ -187,6 +188,20 @@ def _write_shard(path: Path, shard: OutputShard, sources: OpenFiles, advance: Ad
         os.close(out)
 
 
+def copy_file(source: Path, target: Path, sources: OpenFiles) -> Path:
+    """Copy a small file with its times, synced to disk; returns ``target``. Raises as ``write_shards``."""
+    with disk_errors(target):
+        out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            found = os.fstat(fd := sources.fd(source))
+            copy_range(fd, 0, out, 0, found.st_size, source)
+            os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
+            os.fsync(out)
+        finally:
+            os.close(out)
+    return target
+
+
 def copy_range(
     source: int, start: int, out: int, position: int, nbytes: int, path: Path, advance: Advance | None = None
 ) -> None:
@@ -208,10 +223,11 @@ def copy_range(
                 by_kernel = False
                 continue
         else:
-            data = os.pread(source, min(nbytes, 1 << 20), start)
+            with read_errors(path):
+                data = os.pread(source, min(nbytes, 1 << 20), start)
             count = len(data)
             if count == 0:
-                raise PruneAttnError(f"{path}: ended while it was read; convert again when it is complete")
+                raise changed(path, "ended")
             _pwrite_all(out, data, position)
         start_writeback(out, position, count)
         start, position, nbytes = start + count, position + count, nbytes - count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from export import record
-from export.companions import companions
+from export.companions import Companions, check_delivered, companions, digest
 from export.layout import as_output, source_names
 from export.shards import read_as
 from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.dtypes import safetensors_dtype
 from pruner.errors import MachineError, PruneAttnError
-from pruner.files import expand, open_regular
+from pruner.files import expand
 from pruner.hub.source import HubModel, Revision, find, names_repository
 from pruner.llama import Decoder
 from pruner.names import GENAI_CONFIG, GRAPH, PLAN_FILE
@@ -150,6 +149,11 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
         from export.onnx.staleness import graph_problems
 
         result.problems += graph_problems(checkpoint, facts)
+    if not result.problems:
+        try:
+            check_delivered(checkpoint)
+        except PruneAttnError as error:
+            result.problems.append(str(error))
     if source is not None and not result.problems:
         assert facts is not None
         steps = _since(facts, source)
@@ -160,9 +164,10 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
             return
         result.changed = any(step.get("changed") for step in steps)
         try:
-            made = _again(output, steps, source, result.problems)
+            along = companions(source)
+            made = _again(output, steps, source, along, result.problems)
             if not result.changed:
-                result.problems += _source(output, checkpoint, made)
+                result.problems += _source(output, checkpoint, made, along)
         except PruneAttnError as error:
             result.problems.append(str(error))
         if not result.problems:
@@ -170,7 +175,12 @@ def _verify(result: Verification, source: Checkpoint | None, progress: Progress 
             result.converted_to = dtypes[-1] if dtypes else None
             result.through = dtypes[:-1]
             through = [safetensors_dtype(dtype) for dtype in result.through]
-            compare_tensors(checkpoint, made, made.decoder, result, progress, through)
+            try:
+                compare_tensors(checkpoint, made, made.decoder, result, progress, through)
+            except MachineError:
+                raise
+            except PruneAttnError as error:  # one of the two changes meanwhile
+                result.problems.append(str(error))
 
 
 def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
@@ -186,16 +196,15 @@ def _files(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Itera
         elif shard is None and name not in record.REWRITABLE and not _is_as_written(path, fact):
             trust = "do not trust it, " if name in dialect.CODE_FILES else ""
             yield f"{path}: is not what was written; {trust}convert again"
+        elif name.endswith(".py") and name not in dialect.CODE_FILES:
+            yield f"{path}: is code that is not prune-attn's; do not trust it, convert again"
     for path in record.strangers(output, facts):
         yield f"{output / path}: was not written by prune-attn; move it away"
 
 
 def _is_as_written(path: Path, fact: dict[str, Any]) -> bool:
-    with open_regular(path) as file:
-        return (
-            os.fstat(file.fileno()).st_size == fact.get("size")  # what is far larger is not read
-            and hashlib.file_digest(file, "sha256").hexdigest() == fact.get("sha256")
-        )
+    same_size = path.stat().st_size == fact.get("size")  # what is far larger is not read
+    return same_size and digest(path) == fact.get("sha256")
 
 
 def _structure(output: Path, facts: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
@@ -224,7 +233,9 @@ def _since(facts: dict[str, Any], source: Checkpoint) -> list[dict[str, Any]]:
     return steps[max(own or starts) :] if starts else []
 
 
-def _again(output: Path, steps: list[dict[str, Any]], source: Checkpoint, problems: list[str]) -> Checkpoint:
+def _again(
+    output: Path, steps: list[dict[str, Any]], source: Checkpoint, along: Companions, problems: list[str]
+) -> Checkpoint:
     """What these steps make of ``source``, where its tensors still lie; adds what the record says otherwise.
 
     Raises ``PruneAttnError`` where a step cannot be taken.
@@ -241,18 +252,18 @@ def _again(output: Path, steps: list[dict[str, Any]], source: Checkpoint, proble
         for key in facts.keys() - {"source"}:  # compared already; its name may differ
             if step.get(key) != facts[key]:
                 problems.append(f"{path}: {key!r} is not what converting {source.path} gives; convert again")
-        made = as_output(made, left, dtype and safetensors_dtype(dtype))
+        made = as_output(made, left, dtype and safetensors_dtype(dtype), along)
     return made
 
 
-def _source(output: Path, checkpoint: Checkpoint, made: Checkpoint) -> Iterator[str]:
+def _source(output: Path, checkpoint: Checkpoint, made: Checkpoint, along: Companions) -> Iterator[str]:
     """Where the output is not what was ``made`` of its source again."""
     if checkpoint.config != made.config:
         yield f"{output / CONFIG}: is not what converting {made.path} gives; convert again"
     for name in sorted(made.tensors.keys() ^ checkpoint.tensors.keys()):
         yield f"{output}: tensor {name!r} should {'' if name in made.tensors else 'not '}be there; convert again"
-    for name, data in companions(made).items():
-        if not (output / name).is_file() or (output / name).read_bytes() != data:
+    for name, what in along.items():
+        if not (output / name).is_file() or digest(output / name) != digest(what):
             yield f"{output / name}: is not {made.path}'s; convert again"
 
 
@@ -271,7 +282,7 @@ def compare_tensors(
     names = source_names(left)
     tensors = sorted(checkpoint.tensors.values(), key=lambda t: (str(t.path), t.start))
     total, done = checkpoint.nbytes, 0
-    with OpenFiles() as files:
+    with OpenFiles({**source.seen, **checkpoint.seen}) as files:
         for tensor in tensors:
             original = source.tensors.get(names.get(tensor.name, ""))
             position = tensor.start
@@ -296,3 +307,4 @@ def compare_tensors(
             result.compared += 1
             if progress is not None:
                 progress(Step("comparing", done, total, "bytes", seconds=total / 1e9))
+        files.check_unchanged()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 
 from export import record
 from export.card import model_card, read_card
-from export.companions import companions
+from export.companions import left_behind
 from export.engines import NO_TOKENIZER, TOKENIZER_JSON, does_not_load, notes_for, runs_on
 from export.layout import Layout
 from export.licence import NOTICE, licence_notes, llama_licence
+from export.markdown import plain
 from export.onnx.runtime_files import runtime_files
-from export.shards import write_shards
+from export.shards import copy_file, write_shards
 from export.staging import staged
 from export.verify import verify
-from pruner.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from pruner.checkpoint import CONFIG, Checkpoint, OpenFiles, open_checkpoint
 from pruner.errors import PruneAttnError
 from pruner.files import write_file
 from pruner.names import CARD, PLAN_FILE
@@ -47,7 +47,7 @@ def write(layout: Layout, output: Path, progress: Progress | None = None) -> Wri
         problems = verify(directory).problems
         if problems:  # cannot happen with a sound disk; better found here than by whoever loads it
             raise PruneAttnError(f"{output}: what was written does not verify ({problems[0]}); report this")
-        _copy_times(layout.checkpoint, directory)
+        layout.checkpoint.check_unchanged()
     return Written(output, graph, notes)
 
 
@@ -55,23 +55,25 @@ def _fill(directory: Path, layout: Layout, progress: Progress | None) -> tuple[b
     """Every file of the output; whether ``model.onnx`` is one of them, and notes."""
     checkpoint, config = layout.checkpoint, layout.config
     custom = config["model_type"] == dialect.MODEL_TYPE
-    written = write_shards(directory, list(layout.shards), _counted(layout, progress))
+    with OpenFiles(checkpoint.seen) as sources:
+        written = write_shards(directory, list(layout.shards), sources, _counted(layout, progress))
+        for name, what in layout.along.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            file = directory / name
+            written.append(copy_file(what, file, sources) if isinstance(what, Path) else write_file(file, what))
     written.append(write_file(directory / CONFIG, dialect.dump(config)))
     if custom:
         written += [write_file(directory / name, data) for name, data in dialect.code_files().items()]
-    along = companions(checkpoint)
-    for name, data in along.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        written.append(write_file(directory / name, data))
     facts = record.make_record(layout.plan, checkpoint, layout.left, layout.options.dtype)
     output = open_checkpoint(directory)
     engine_notes = notes_for(layout.left, config, layout.plan.strategy != NOTHING)
     runtime, notes = _runtime_files(output, facts, layout)
     card_notes = engine_notes if custom else []
-    if runtime and TOKENIZER_JSON not in along:
+    if runtime and TOKENIZER_JSON not in layout.along:
         notes.append(NO_TOKENIZER)
         card_notes = [*card_notes, NO_TOKENIZER]
-    notes = [*layout.notes, *engine_notes, *notes]
+    own_code = left_behind(checkpoint, layout.along)
+    notes = [*layout.notes, *engine_notes, *notes, *own_code]
     card = model_card(
         facts,
         config,
@@ -80,7 +82,7 @@ def _fill(directory: Path, layout: Layout, progress: Progress | None) -> tuple[b
         checkpoint.path,
         onnx=bool(runtime),
         without=does_not_load(output, bool(runtime)),
-        engine_notes=card_notes,
+        engine_notes=[*card_notes, *(plain(note, 400) for note in own_code)],
     )
     written.append(write_file(directory / CARD, card))
     licence = llama_licence(checkpoint.path, read_card(checkpoint.path))
@@ -108,12 +110,6 @@ def _counted(layout: Layout, progress: Progress | None) -> Callable[[int], None]
             progress(Step("writing", done, total, "bytes", seconds=total / 5e8))
 
     return advance
-
-
-def _copy_times(checkpoint: Checkpoint, directory: Path) -> None:
-    for name in companions(checkpoint):
-        if (checkpoint.path / name).is_file():
-            shutil.copystat(checkpoint.path / name, directory / name)
 
 
 def _runtime_files(output: Checkpoint, facts: dict[str, Any], layout: Layout) -> tuple[list[Path], list[str]]:

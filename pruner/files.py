@@ -8,9 +8,10 @@ import math
 import os
 import stat
 from collections import Counter
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pruner.errors import MachineError, PruneAttnError, one_line, printable
 
@@ -23,6 +24,72 @@ _LARGEST = 10**300  # what is beyond it is no number of a model's and overflows 
 def expand(path: str | os.PathLike[str]) -> Path:
     """The path, with the home directory for a leading ``~``: a shell leaves it where it stands in quotes."""
     return Path(os.path.expanduser(path))
+
+
+class Stamp(NamedTuple):
+    """By what a file is known to be still the one that was read."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Stamp:
+        """From what ``os.stat`` says."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def stamp(path: Path) -> Stamp | None:
+    """The stamp of what lies at ``path`` now, links followed; ``None`` where nothing does."""
+    try:
+        return Stamp.of(os.stat(path))
+    except OSError:
+        return None
+
+
+def check_unchanged(seen: Mapping[Path, Stamp | None]) -> None:
+    """Raise ``PruneAttnError`` for a file that is another one, or gone, since it was ``seen``."""
+    for path, before in seen.items():
+        if (now := stamp(path)) != before:
+            raise changed(path, "vanished" if now is None else "changed")
+
+
+def changed(path: Path, how: str = "changed") -> PruneAttnError:
+    """What is said of a source's file that is not the one any more whose header was read."""
+    return PruneAttnError(f"{path}: {how} while it was read; convert again when it is complete")
+
+
+class read_errors:  # noqa: N801, reads as a statement
+    """Turn an ``OSError`` of reading ``path`` into a ``MachineError`` that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            raise MachineError(f"{self.path}: cannot be read: {error.strerror or error}; check the disk") from error
+
+
+def in_hub_cache(directory: Path) -> bool:
+    """Whether this (a path without links) is a snapshot in the Hub's cache."""
+    return directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--")
+
+
+def check_inside(path: Path, directory: Path) -> None:
+    """``PruneAttnError`` where a link at ``path`` leads out of ``directory`` (or, in the Hub's cache, of its blobs)."""
+    if not leads_out(path, directory):
+        return
+    raise PruneAttnError(f"{path}: leads out of the directory ({os.path.realpath(path)}); put the file itself there")
+
+
+def leads_out(path: Path, directory: Path) -> bool:
+    """Whether a link at ``path`` leads out of ``directory`` and, in the Hub's cache, of its repository's blobs."""
+    home = Path(os.path.realpath(directory))
+    places = {home, home.parent.parent / "blobs"} if in_hub_cache(home) else {home}
+    return places.isdisjoint(Path(os.path.realpath(path)).parents)
 
 
 def open_regular(path: Path, cure: str = "download this file again") -> BufferedReader:

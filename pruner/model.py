@@ -148,9 +148,10 @@ class TorchLanguageModel(Turns):
         self.model = kind.from_pretrained(
             None,
             config=config.from_dict(checkpoint.config),
-            state_dict={name: load_tensor(tensor) for name, tensor in checkpoint.tensors.items()},
+            state_dict={name: load_tensor(tensor, checkpoint.seen) for name, tensor in checkpoint.tensors.items()},
             dtype=getattr(torch, dtype) if dtype else "auto",
             attn_implementation=attention_implementation,
+            trust_remote_code=False,
         )
         self.model.to(device).eval()  # type: ignore[arg-type]  # its decorator hides the method's self
         self.device = device

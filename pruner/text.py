@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pruner.checkpoint.companions import companion_files
 from pruner.checkpoint.meta import meta_parts
 from pruner.checkpoint.meta_files import meta_files
 from pruner.errors import PruneAttnError, one_line
-from pruner.files import expand
+from pruner.files import expand, read_json
+from pruner.names import CONFIG
+from pruner.own_code import without_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +51,10 @@ class Text:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The directory's tokenizer. Raises ``PruneAttnError`` where it has none that works."""
+    """The directory's tokenizer. Raises ``PruneAttnError`` where it has none that works.
+
+    Code that lies there is never run: a tokenizer that asks for some is made of its ``tokenizer.json`` alone.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -63,13 +69,38 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerBase
             place = Path(made)
             for name, data in meta_files(directory).items():
                 (place / name).write_bytes(data)
+        elif _asks_for_code(directory):
+            place = _without_code(directory, Path(made))
         reason = "no tokenizer.json and no tokenizer.model"
         if has_tokenizer(place) or (place / "vocab.json").is_file():  # else transformers makes one of three tokens
             try:
-                return AutoTokenizer.from_pretrained(str(place))
+                tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+                tokenizer.name_or_path = str(directory)
+                return tokenizer
             except (OSError, ValueError) as error:
                 reason = one_line(error, 120)
         raise PruneAttnError(f"{directory}: has no tokenizer that loads ({reason}); copy the original's")
+
+
+_CONFIGS = ("tokenizer_config.json", CONFIG)
+
+
+def _asks_for_code(directory: Path) -> bool:
+    """Whether a tokenizer's class is said to be in code of its own."""
+    settings, config = (read_json(directory / n) if (directory / n).is_file() else {} for n in _CONFIGS)
+    name = "tokenizer_class"
+    return without_code(settings) != settings or without_code(config).get(name) != config.get(name)
+
+
+def _without_code(directory: Path, place: Path) -> Path:
+    """``place``, with the tokenizer's files in it as links, and its configurations without what asks for code."""
+    for name, path in companion_files(directory).items():
+        if "/" not in name and name not in _CONFIGS:
+            (place / name).symlink_to(path.resolve())
+    for name in _CONFIGS:
+        if (directory / name).is_file():
+            (place / name).write_text(json.dumps(without_code(read_json(directory / name))))
+    return place
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pruner.checkpoint.companions import companion_files
 from pruner.checkpoint.config import (
     QUANTISATION,
     UNQUANTISED,
@@ -21,14 +22,16 @@ from pruner.checkpoint.config import (
 )
 from pruner.checkpoint.header import GGML, read_shard
 from pruner.checkpoint.meta import PARAMS, meta_parts, read_meta
+from pruner.checkpoint.meta_files import tokenizer_file
 from pruner.checkpoint.pickled import read_pickled
 from pruner.checkpoint.tensor import OpenFiles, Shard, Tensor, read_blocks
 from pruner.dtypes import WEIGHT_DTYPES
 from pruner.errors import PruneAttnError
-from pruner.files import expand, parse_json, read_bounded, read_json
+from pruner.files import Stamp, check_unchanged, expand, in_hub_cache, parse_json, read_bounded, read_json, stamp
 from pruner.llama import EMBEDDING, HEAD, Decoder
-from pruner.names import ADAPTER, CONFIG, INDEX, PYTORCH, PYTORCH_INDEX, WEIGHTS
+from pruner.names import ADAPTER, CONFIG, INDEX, PLAN_FILE, PYTORCH, PYTORCH_INDEX, WEIGHTS
 
+READ = (CONFIG, INDEX, PYTORCH_INDEX, PARAMS, PLAN_FILE)  # small files that say what a checkpoint is
 _MERGE = "it holds an adapter (LoRA); merge it into its base model with PEFT's merge_and_unload() and give that"
 _CONFIG_BYTES = 4 << 20  # a pruned model of 10,000 layers has 3 MB
 
@@ -40,7 +43,8 @@ class Checkpoint:
     ``tensors`` are the decoder's by Hugging Face's names, stored buffers such as ``rotary_emb.inv_freq`` left out.
     Where ``meta`` is true it is Meta's distribution: ``config`` is made from ``params.json``, whose hash
     ``config_sha256`` then is, and ``shards`` have Meta's names. ``notes`` tell where ``config`` and ``tensors`` say
-    otherwise than the files, since the files contradict each other.
+    otherwise than the files, since the files contradict each other. ``companions`` are the files that come along, by
+    relative name. ``seen``: what all these files were, by path, when this was opened.
     """
 
     path: Path
@@ -51,14 +55,20 @@ class Checkpoint:
     tensors: dict[str, Tensor] = field(repr=False)
     meta: bool = False
     notes: tuple[str, ...] = ()
+    companions: Mapping[str, Path] = field(default_factory=dict, repr=False)
+    seen: Mapping[Path, Stamp | None] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         """What people call it: ``owner/name`` in the Hub's cache, elsewhere the directory's name."""
         path = self.path.resolve()
-        if _in_hub_cache(path):
+        if in_hub_cache(path):
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
         return os.fsencode(path.name).decode("utf-8", "replace")
+
+    def check_unchanged(self) -> None:
+        """Raise ``PruneAttnError`` where a file that this was read from, or one that comes along, changed since."""
+        check_unchanged(self.seen)
 
     @property
     def parameters(self) -> int:
@@ -89,17 +99,13 @@ class Checkpoint:
         In the Hub's cache also the repository and its commit (``hub``).
         """
         path = self.path.resolve()
-        hub = {"repo_id": self.name, "commit": path.name} if _in_hub_cache(path) else None
+        hub = {"repo_id": self.name, "commit": path.name} if in_hub_cache(path) else None
         return {
             "name": self.name,
             **({"hub": hub} if hub else {}),
             "config_sha256": self.config_sha256,
             "shards": {s.path.name: {"size": s.size, "header_sha256": s.header_sha256} for s in self.shards},
         }
-
-
-def _in_hub_cache(path: Path) -> bool:
-    return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], str]:
@@ -213,6 +219,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     directory = expand(path)
     _check_directory(directory)
+    found = {file: stamp(file) for file in directory.iterdir()}  # before anything is read
+    checkpoint = _open(directory)
+    along = companion_files(directory, meta=checkpoint.meta)
+    files = [*(shard.path for shard in checkpoint.shards), *along.values()]
+    files += [directory / name for name in READ if directory / name in found]
+    if checkpoint.meta and (tokenizer := tokenizer_file(directory)):
+        files.append(tokenizer)
+    seen = {file: found[file] if file in found else stamp(file) for file in files}
+    return replace(checkpoint, companions=along, seen=seen)
+
+
+def _open(directory: Path) -> Checkpoint:
     weights = _weights(directory)
     if weights is None and meta_parts(directory):
         if not (directory / PARAMS).is_file():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pruner.dtypes import DTYPE_BYTES
-from pruner.errors import PruneAttnError
+from pruner.files import Stamp, changed, check_unchanged, open_regular, read_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,29 +106,32 @@ def gathered(name: str, dtype: str, shape: tuple[int, ...], pieces: tuple[Piece,
 
 
 class OpenFiles:
-    """Files, each opened once for reading, and a check that none changed meanwhile."""
+    """Files, each opened once for reading, and a check that none is another one than was ``seen`` before."""
 
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[int, os.stat_result]] = {}
+    def __init__(self, seen: Mapping[Path, Stamp | None] | None = None) -> None:
+        self._seen = dict(seen or {})
+        self._open: dict[Path, BufferedReader] = {}
 
     def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for fd, _ in self._open.values():
-            os.close(fd)
+        for file in self._open.values():
+            file.close()
 
     def fd(self, path: Path) -> int:
+        """The file, open. ``PruneAttnError`` where it is not the one that was seen, or is gone."""
         if path not in self._open:
-            fd = os.open(path, os.O_RDONLY)
-            self._open[path] = fd, os.fstat(fd)
-        return self._open[path][0]
+            with read_errors(path):
+                file = self._open[path] = open_regular(path, "convert again when it is complete")
+            now = Stamp.of(os.fstat(file.fileno()))
+            if self._seen.setdefault(path, now) != now:
+                raise changed(path)
+        return self._open[path].fileno()
 
     def check_unchanged(self) -> None:
-        for path, (fd, before) in self._open.items():
-            now = os.fstat(fd)
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise PruneAttnError(f"{path}: changed while it was read; convert again when it is complete")
+        """Raise ``PruneAttnError`` where, by its path, a file is not the one any more that was opened."""
+        check_unchanged({path: self._seen[path] for path in self._open})
 
 
 def read_blocks(tensor: Tensor, files: OpenFiles, most: int = _BLOCK) -> Iterator[bytearray | bytes]:
@@ -172,8 +176,9 @@ def _view(piece: Piece, begin: int, end: int, itemsize: int, files: OpenFiles) -
 def _read(files: OpenFiles, path: Path, start: int, nbytes: int) -> bytearray:
     data, done = bytearray(nbytes), 0
     while done < nbytes:  # Linux reads at most 2 GiB a call
-        count = os.preadv(files.fd(path), [memoryview(data)[done:]], start + done)
+        with read_errors(path):
+            count = os.preadv(files.fd(path), [memoryview(data)[done:]], start + done)
         if count == 0:
-            raise PruneAttnError(f"{path}: ended while it was read; convert again when it is complete")
+            raise changed(path, "ended")
         done += count
     return data

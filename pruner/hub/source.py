@@ -149,7 +149,7 @@ class HubModel:
                 checkpoint = open_checkpoint(place)
             except PruneAttnError as error:
                 raise type(error)(str(error).replace(place, self.repo_id)) from None
-        return replace(checkpoint, path=directory)
+        return replace(checkpoint, path=directory, seen={}, companions={})
 
     def fetch(self, runtime: bool = False, progress: Progress | None = None, also: Iterable[str] = ()) -> Path:
         """Fetch what is missing of it, ``also`` these files, into the cache; returns the snapshot's directory."""

@@ -14,6 +14,7 @@ from pruner.errors import PruneAttnError
 
 if TYPE_CHECKING:
     from pruner.llama import Decoder
+from pruner.own_code import without_code
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -126,7 +127,7 @@ def write_config(source: dict[str, Any], decoder: Decoder, path: Path) -> dict[s
 
     A decoder of which whole blocks are missing becomes a plain renumbered Llama; any other is written in the dialect.
     """
-    config = {k: v for k, v in source.items() if k not in ("auto_map", "block_configs")} | rope_fields(source, path)
+    config = {k: v for k, v in without_code(source).items() if k != "block_configs"} | rope_fields(source, path)
     if decoder.whole_blocks_only:
         if config.get("layer_types"):  # one entry a layer, which transformers counts
             config["layer_types"] = [

@@ -68,7 +68,7 @@ class Evaluator:
         self._advance = advance or (lambda _: None)
         self._ids = torch.from_numpy(np.ascontiguousarray(ids))
         self._layers = _Layers(checkpoint, self._dtype, device, self.room.resident)
-        self._embedding = load_tensor(checkpoint.tensors["model.embed_tokens.weight"])  # stays mapped
+        self._embedding = load_tensor(checkpoint.tensors["model.embed_tokens.weight"], checkpoint.seen)  # stays mapped
         self._head = self._load(checkpoint.head)
         self._norm = self._layers.norm(self._load("model.norm.weight"))
         self._rotary = self._layers.rotary(self._embedding.new_zeros(1, dtype=self._dtype, device=device), self.length)
@@ -247,7 +247,7 @@ class Evaluator:
         return self._teacher_batch[1]
 
     def _load(self, name: str) -> torch.Tensor:
-        return load_tensor(self.checkpoint.tensors[name]).to(self.device, self._dtype)
+        return load_tensor(self.checkpoint.tensors[name], self.checkpoint.seen).to(self.device, self._dtype)
 
 
 class _Layers:
@@ -259,7 +259,7 @@ class _Layers:
         keep_out = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "quantization_config")
         self.config = PrunedLlamaConfig(**{k: v for k, v in checkpoint.config.items() if k not in keep_out})
         self.config._attn_implementation = "sdpa"
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._seen = dtype, device, checkpoint.seen
         self._tensors: dict[int, dict[str, Tensor]] = {i: {} for i in range(checkpoint.decoder.num_layers)}
         for name, tensor in checkpoint.tensors.items():
             if name.startswith("model.layers."):
@@ -283,7 +283,7 @@ class _Layers:
 
         with torch.device("meta"):
             module = PrunedLlamaDecoderLayer(self.config, i, 0)
-        state = {name: load_tensor(t).to(self._device, self._dtype) for name, t in self._tensors[i].items()}
+        state = {name: load_tensor(t, self._seen).to(self._device, self._dtype) for name, t in self._tensors[i].items()}
         module.load_state_dict(state, assign=True)
         return module.requires_grad_(False).eval()
 

@@ -17,6 +17,7 @@ from pruner.checkpoint.directory import READ
 from pruner.checkpoint.meta_files import TOKENIZER, meta_files, tokenizer_file, tokenizer_json
 from pruner.errors import PruneAttnError, printable
 from pruner.files import check_inside, leads_out, open_regular, read_bounded, read_json
+from pruner.names import CONFIG
 from pruner.nemotron_nas.dialect import CODE_FILES, MODEL_TYPE
 from pruner.own_code import without_code
 from pruner.record import is_file_name
@@ -44,7 +45,7 @@ def companions(checkpoint: Checkpoint) -> Companions:
     if checkpoint.meta:
         if (tokenizer := tokenizer_file(source)) is not None:
             _checked(TOKENIZER, tokenizer, source)
-        files = meta_files(source) | files
+        files = {**meta_files(source), **files}
     elif "tokenizer.json" not in files and (made := tokenizer_json(source)) is not None:
         files["tokenizer.json"] = made
     return dict(sorted(files.items()))
@@ -82,7 +83,7 @@ def left_behind(checkpoint: Checkpoint, along: Companions) -> list[str]:
     source, ours = checkpoint.path, CODE_FILES if checkpoint.config["model_type"] == MODEL_TYPE else ()
     named = [name for name, path in checkpoint.companions.items() if along.get(name) != path]
     if not ours and without_code(checkpoint.config) != checkpoint.config:
-        named.append("config.json")
+        named.append(CONFIG)
     code = sorted(path.name for path in source.glob("*.py") if path.name not in ours)
     notes = []
     if code or named:

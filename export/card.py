@@ -101,7 +101,7 @@ def model_card(
             ("MLP sublayers", "mlp_sublayers"),
             ("parameters", "parameters"),
             ("bytes of weights", "bytes"),
-            ("KV-cache bytes a token", "kv_cache_bytes_per_token"),
+            ("KV-cache bytes per token", "kv_cache_bytes_per_token"),
         )
     )
     attention, mlp = _gone(plan)

@@ -1,4 +1,4 @@
-"""Dtypes: safetensors' names, PyTorch's names, bytes an element."""
+"""Dtypes: safetensors' names, PyTorch's names, bytes per element."""
 
 from __future__ import annotations
 

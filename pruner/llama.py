@@ -68,7 +68,7 @@ class Decoder:
         return replace(self, attention=(True,) * kept, mlp=(True,) * kept)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of KV cache one token takes: K and V of every kept attention, ``itemsize`` bytes an element."""
+        """Bytes of KV cache one token takes: K and V of every kept attention, ``itemsize`` bytes per element."""
         return 2 * self.num_kv_heads * self.head_dim * itemsize * sum(self.attention)
 
     # -- tensors ---------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Decoder:
     def layout(self) -> list[list[Shapes]]:
         """All tensors with their shapes, in the order in which they lie on disk.
 
-        Sections (embeddings, one a layer, head) of groups: a group is adjacent and never crosses shards, so that an
+        Sections (embeddings, one per layer, head) of groups: a group is adjacent and never crosses shards, so that an
         ONNX initializer can span q|k|v (or gate|up) as one [rows, in] matrix.
         """
         h = self.hidden_size

@@ -277,7 +277,7 @@ class TorchLanguageModel(Turns):
 
 @contextmanager
 def inference() -> Iterator[None]:
-    """No gradients, and no cuDNN attention: on Hopper it plans anew for every length, 5 ms a layer and token."""
+    """No gradients, and no cuDNN attention: on Hopper it plans anew for every length, 5 ms per layer and token."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

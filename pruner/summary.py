@@ -11,7 +11,7 @@ from pruner.plan import original_counts
 
 
 def totals(decoder: Decoder, tensors: dict[str, Tensor], dtype: str | None = None) -> dict[str, Any]:
-    """Counts of one model: sublayers, parameters, bytes of weights, KV-cache bytes a token.
+    """Counts of one model: sublayers, parameters, bytes of weights, KV-cache bytes per token.
 
     ``dtype`` (safetensors name) is what the weights will be converted to; ``None`` leaves each as it is. The KV cache
     is counted in the dtype that most of the weights have.
@@ -40,7 +40,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that ``prune-attn inspect --json`` prints. Cost: headers only, no weights are read.
 
     ``savings[kind]`` lists what dropping k = 1, 2, ... of the sublayers that are left would save: parameters, bytes of
-    weights, and KV-cache bytes a token.
+    weights, and KV-cache bytes per token.
     """
     decoder, tensors = checkpoint.decoder, checkpoint.tensors
     before = totals(decoder, tensors)

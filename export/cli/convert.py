@@ -121,7 +121,7 @@ def _show(result: Conversion, source: str, output: str, hub: Revision) -> None:
         ("MLP sublayers", "mlp_sublayers", str),
         ("parameters", "parameters", "{:,}".format),
         ("weights", "bytes", format_bytes),
-        ("KV cache a token", "kv_cache_bytes_per_token", format_bytes),
+        ("KV cache per token", "kv_cache_bytes_per_token", format_bytes),
     ):
         change = f"{100 * (after[key] / before[key] - 1):+.1f}%" if after[key] != before[key] else ""
         table.add_row(label, show(before[key]), show(after[key]), change)

@@ -39,11 +39,11 @@ def inspect(checkpoint: str, as_json: bool, **options: Any) -> None:
         ("weights", format_bytes(facts["bytes"])),
         ("dtype", ", ".join(facts["dtypes"])),
         ("shards", f"{len(shards)}" + (f" ({shards[0]['file']})" if len(shards) == 1 else "")),
-        ("KV cache a token", format_bytes(facts["kv_cache_bytes_per_token"])),
+        ("KV cache per token", format_bytes(facts["kv_cache_bytes_per_token"])),
     ]  # fmt: skip
     for row in rows:
         table.add_row(*row)
-    saved = make_table("dropping", "of", "parameters", "weights", "KV cache a token")
+    saved = make_table("dropping", "of", "parameters", "weights", "KV cache per token")
     for kind, name in (("attention", "attention"), ("mlp", "MLP"), ("block", "blocks")):
         of = (
             len(facts["attention_layers" if kind == "attention" else "mlp_layers"])

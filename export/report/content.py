@@ -66,7 +66,7 @@ def glance_rows(results: dict[str, Any]) -> Iterator[list[str]]:
         for what in ("decode", "prefill"):
             yield [f"{what} speed, {_SHORT[backend]}", "1", interval(facts["speedup"][what]), _shown(facts, what)]
     a, b = results["models"]["original"], results["models"]["pruned"]
-    for label, key in (("weights", "bytes"), ("KV cache a token", "kv_cache_bytes_per_token")):
+    for label, key in (("weights", "bytes"), ("KV cache per token", "kv_cache_bytes_per_token")):
         change = f"{b[key] / a[key] - 1:+.1%}" if a[key] else ""
         yield [label, size(a[key]), size(b[key]), change]
 

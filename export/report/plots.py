@@ -164,7 +164,7 @@ def decode(results: dict[str, Any]) -> Figure | None:
                 ax.plot(x, middle, line, color=colour, marker="o", markersize=4, label=f"{name}, {model}")
                 ax.fill_between(x, middle, [s["p90"] for s in steps], color=colour, alpha=0.12, linewidth=0)
         ax.set_ylim(bottom=0)
-        _label(ax, "prompt tokens before" if batch == batches[-1] else "", "ms a step", f"batch {batch}")
+        _label(ax, "prompt tokens before" if batch == batches[-1] else "", "ms per step", f"batch {batch}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", ncols=len(found), frameon=False, fontsize=8, labelcolor=_TEXT

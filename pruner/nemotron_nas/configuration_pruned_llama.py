@@ -24,7 +24,7 @@ class _Fields(dict):
 
 
 class PrunedLlamaConfig(LlamaConfig):
-    """``LlamaConfig`` and ``block_configs``: one entry a layer, ``no_op`` where attention or ffn is removed."""
+    """``LlamaConfig`` and ``block_configs``: one entry per layer, ``no_op`` where attention or ffn is removed."""
 
     model_type = "nemotron-nas"
 

@@ -43,7 +43,7 @@ def _block(decoder: Decoder, attention: bool, mlp: bool) -> dict[str, Any]:
 
 
 def block_configs(decoder: Decoder) -> list[dict[str, Any]]:
-    """One entry a layer."""
+    """One entry per layer."""
     return [_block(decoder, a, m) for a, m in zip(decoder.attention, decoder.mlp, strict=True)]
 
 
@@ -129,7 +129,7 @@ def write_config(source: dict[str, Any], decoder: Decoder, path: Path) -> dict[s
     """
     config = {k: v for k, v in without_code(source).items() if k != "block_configs"} | rope_fields(source, path)
     if decoder.whole_blocks_only:
-        if config.get("layer_types"):  # one entry a layer, which transformers counts
+        if config.get("layer_types"):  # one entry per layer, which transformers counts
             config["layer_types"] = [
                 kind for kind, kept in zip(config["layer_types"], decoder.attention, strict=True) if kept
             ]

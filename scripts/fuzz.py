@@ -28,10 +28,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prune_attn import Layers, WriteOptions
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process whose threads have computed would wait for them for ever
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from prune_attn import Layers, WriteOptions  # noqa: E402
 
 SHIPPED = ROOT / "tests" / "data" / "gutenberg-llama-5m"
 SECONDS, MEMORY = 20, 1 << 30  # a command's bounds; memory beyond what is mapped when it begins

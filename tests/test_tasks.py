@@ -11,6 +11,7 @@ import pytest
 from conftest import SHIPPED
 from conftest import TEXT as TEXT_FILE
 
+from export.validate.tasks import file_hash
 from prune_attn import WriteOptions
 from pruner import PruneAttnError
 from pruner.errors import MachineError
@@ -363,3 +364,14 @@ def test_comparison_is_paired():
     assert same["average"]["stderr"] == 0
     assert same["average"]["ratio"] == 1
     assert compare_tasks(results(before), results(after[:4]))["tasks"]["a"]["stderr"] is None
+
+
+def test_a_task_file_is_told_from_its_former_self_wherever_it_lies(tmp_path, monkeypatch):
+    """What a stopped validate goes on from depends on it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    before = {file_hash("~/own.yaml"), file_hash("~/own.yaml@3"), file_hash(f"{tmp_path}/own.yaml")}
+    (tmp_path / "own.yaml").write_text("task: own\nlimit: 3\n")
+    assert len(before) == 1
+    assert None not in before
+    assert file_hash("~/own.yaml") not in before

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from export.validate.models import Bench
 from export.validate.options import MODELS
+from pruner.files import expand
 from pruner.progress import Progress, Step
 from pruner.text import load_tokenizer
 
@@ -32,7 +32,7 @@ def _run(bench: Bench, backend: str, name: str) -> dict[str, Any]:
     from pruner.evaluate.tasks import run_tasks
 
     setting, parts = bench.setting, bench.parts
-    options = {task: [name, setting.limit, setting.seed, _file_hash(task)] for task in setting.tasks}
+    options = {task: [name, setting.limit, setting.seed, file_hash(task)] for task in setting.tasks}
 
     def part(task: str) -> str:
         return f"task-{backend}-{name}-{task}"
@@ -65,7 +65,7 @@ def _of_several(tasks: Sequence[str], progress: Progress) -> Progress:
     return inside
 
 
-def _file_hash(task: str) -> str | None:
+def file_hash(task: str) -> str | None:
     """Of a task's own YAML file, which may be changed between two runs."""
-    file = Path(task.rpartition("@")[0] or task)
+    file = expand(task.rpartition("@")[0] or task)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
